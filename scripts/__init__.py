@@ -1,0 +1,1 @@
+"""The command line of fewstep, and the scripts that made what ships."""

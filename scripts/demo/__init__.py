@@ -1,0 +1,1 @@
+"""The scripts that trained what ships in ``eval/demo``."""

@@ -1,0 +1,128 @@
+"""Trains the autoencoder of ``fashion-dit``: 32x32 grey images to 8x8 latents of unit variance.
+
+The loss is L1, a perceptual term on the maps of a classifier *other than the judge* (another seed; see
+``train_features``), and a small Kullback-Leibler term. Channels of the latent are brought to zero mean and
+unit variance by folding the affine map into ``quant_conv`` and ``post_quant_conv``, so ``scaling_factor`` is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Generator, Tensor
+
+from fewstep.eval.nets.fashion import FashionNet
+from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion, to_float
+from fewstep.scripts.demo.trainer import Recipe, train
+
+BATCH = 64
+LATENT_CHANNELS = 8
+KL_WEIGHT = 2e-4
+PERCEPTUAL_WEIGHT = 1.0
+POOLED_WEIGHT = 0.1
+
+
+def new_vae() -> AutoencoderKL:
+    """An untrained autoencoder of the demo's shape."""
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def load_perceptual(folder: Path) -> FashionNet:
+    """The averaged weights of a run of ``train_features``, frozen."""
+    net = FashionNet((16, 64, 128))
+    tensors = load_file(folder / "state.safetensors")
+    net.load_state_dict({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+    return net.eval().requires_grad_(False)
+
+
+def perceptual_terms(net: FashionNet, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Distance of channel-normalised maps (as LPIPS, arXiv:1801.03924, Eq. 1) and of the pooled features."""
+    pairs = list(zip(net.maps(real), net.maps(fake), strict=True))
+    maps = [(_unit(a.float()) - _unit(b.float())).pow(2).sum(1).mean() for a, b in pairs]
+    pooled = [x.float().mean(dim=(2, 3)) for x in pairs[-1]]
+    return {
+        "perceptual": PERCEPTUAL_WEIGHT * torch.stack(maps).mean(),
+        "pooled": POOLED_WEIGHT * (pooled[0] - pooled[1]).pow(2).mean(),
+    }
+
+
+def _unit(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW / (x_BCHW.norm(dim=1, keepdim=True) + 1e-6)
+
+
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of uint8 images, each float32 (n, C, 8, 8)."""
+    with torch.no_grad():
+        posteriors = [vae.encode(to_float(batch)).latent_dist for batch in images.split(256)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+def fold_normalisation(vae: AutoencoderKL, images: Tensor) -> None:
+    """Brings each latent channel to zero mean and unit variance over ``images``, without changing the decoder's output."""
+    mean, _ = encode_moments(vae, images)
+    shift, scale = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
+    channels = len(shift)
+    with torch.no_grad():
+        quant, post = vae.quant_conv, vae.post_quant_conv
+        post.bias += torch.einsum("oihw,i->o", post.weight, shift)
+        post.weight *= scale[None, :, None, None]
+        quant.weight[:channels] /= scale[:, None, None, None]
+        quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
+        quant.bias[channels:] -= 2 * scale.log()
+
+
+def train_vae(work: Path, perceptual: Path, data: Path, steps: int, seed: int) -> tuple[AutoencoderKL, dict[str, float]]:
+    """Trains the autoencoder, or resumes it from ``work``."""
+    images, _ = load_fashion("train", data)
+    net = load_perceptual(perceptual)
+    torch.manual_seed(seed)
+    vae = new_vae()
+
+    def loss_function(generator: Generator) -> dict[str, Tensor]:
+        index = torch.randint(len(images), (BATCH,), generator=generator)
+        x = to_float(images[index])
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        terms = {"l1": (x - y).abs().mean(), "kl": KL_WEIGHT * posterior.kl().mean() / noise[0].numel()}
+        return terms | perceptual_terms(net, x, y)
+
+    recipe = Recipe(steps=steps, lr=1.5e-3, ema=0.998, seed=seed, bf16=True)
+    record = train(vae, loss_function, recipe, work)
+    fold_normalisation(vae, images[:10_000])
+    return vae, record
+
+
+def main() -> None:
+    """Trains the autoencoder into ``--work`` and saves it as ``--work``/vae."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
+    parser.add_argument("--perceptual", type=Path, required=True, help="run of train_features with another seed")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    vae, record = train_vae(options.work, options.perceptual, options.data, options.steps, options.seed)
+    vae.save_pretrained(options.work / "vae")
+    print(record)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
