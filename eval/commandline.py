@@ -1,0 +1,101 @@
+"""Command lines from dataclasses: typed flags, configuration files, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..samplers.errors import InputError
+
+Options = TypeVar("Options")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def option(help: str, default: Any = dataclasses.MISSING, metavar: str | None = None) -> Any:  # noqa: A002
+    """A field of a dataclass of options, which becomes the flag of the same name.
+
+    A field of type ``tuple[X, ...]`` takes several values after its flag.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def options_parser(options: type, description: str, epilog: str = "") -> ArgumentParser:
+    """A parser with one flag for each field of ``options``, and ``--config`` and ``--print_config``."""
+    parser = ArgumentParser(
+        description=description,
+        epilog=epilog,
+        exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML or JSON file of options; flags after it win.")
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        extra: dict[str, Any] = {"help": field.metadata["help"]}
+        if typing.get_origin(hint) is tuple:
+            hint, extra["nargs"] = typing.get_args(hint)[0], "+"
+        if field.default is dataclasses.MISSING:
+            extra["required"] = True
+        else:
+            extra["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+        if field.metadata["metavar"]:
+            extra["metavar"] = field.metadata["metavar"]
+        parser.add_argument(f"--{field.name}", type=hint, **extra)
+    return parser
+
+
+def read_options(options: type[Options], parsed: Namespace) -> Options:
+    """The dataclass from what its `options_parser` parsed."""
+    values = {field.name: parsed[field.name] for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    return options(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+def exit_status(program: str, command: Callable[[], None], interrupted: str) -> int:
+    """Runs a command, and turns what stops it into one line on standard error and an exit status.
+
+    Args:
+        program: first word of an error message.
+        command: what to run.
+        interrupted: what to tell after Ctrl-C.
+
+    Returns:
+        0, 2 for bad input, or 130 after Ctrl-C.
+    """
+    try:
+        command()
+    except (InputError, argparse.ArgumentError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\n{program}: {interrupted}", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def call_arguments(pairs: Sequence[str]) -> dict[str, str]:
+    """``key=value`` strings as a dictionary.
+
+    Raises:
+        InputError: for an entry without ``=``, or a key that is given twice.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(
+                f"--call_kwargs {pair!r} is not of the form key=value; write for example height=512"
+            )
+        if key in values:
+            raise InputError(f"--call_kwargs gives {key!r} twice; keep one")
+        values[key] = value
+    return values

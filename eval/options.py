@@ -1,0 +1,107 @@
+"""What a bench is told: one field for each flag of ``fewstep bench``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..samplers.errors import InputError, unknown_name
+from .assets import Dtype
+from .commandline import call_arguments, option
+
+DEMO_N = 1280
+"Images per row of the demo: ten times the 128 features that they are scored with, so that the errors hold."
+
+RESERVED_ARGUMENTS = {
+    "generator": "it comes from --seed",
+    "output_type": "only arrays are scored",
+    "return_dict": "the result is read by name",
+    "num_inference_steps": "the plans set it",
+    "class_labels": "give --class_labels",
+    "prompt": "give --prompts",
+    "batch_size": "give --batch_size",
+    "latents": "they come from --seed",
+    "num_images_per_prompt": "each seed makes one image",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """The flags of ``fewstep bench``."""
+
+    pipe: str = option(
+        "Pipeline folder, or a demo such as demo:fashion-dit.", "demo:fashion-dit", "PATH|demo:NAME"
+    )
+    plans: tuple[Path, ...] = option("Plan files to compare with the baselines.", (), "PLAN")
+    out: Path = option(
+        "Folder of the results; the same folder continues a stopped run.", Path("fewstep-bench"), "DIR"
+    )
+    n: int = option("Images per row.", DEMO_N)
+    seed: int = option("Seed of the first image; image i has seed + i.", 0)
+    steps: tuple[int, ...] = option("Numbers of steps of the baselines.", (5, 10), "STEPS")
+    reference: Path | None = option(
+        "Plan of the reference row; default: the demo's, or the pipeline as it is.", None
+    )
+    reference_steps: int = option("Steps of the reference where no plan says them.", 50)
+    metrics: tuple[str, ...] = option("Metrics to compute; default: all that can be.", (), "METRIC")
+    net: str | None = option("Feature network; default: the demo's own, none for other pipelines.", None)
+    net_path: Path | None = option("Weights of the feature network, where it does not ship.", None)
+    reference_stats: Path | None = option(
+        "Statistics of real images, as --reference_images wrote them.", None
+    )
+    reference_images: Path | None = option("Folder of real images to make the statistics from.", None, "DIR")
+    prompts: Path | None = option("Text file with one prompt a line.", None, "FILE")
+    class_labels: tuple[int, ...] = option(
+        "Labels to cycle through; default: all of the pipeline's.", (), "LABEL"
+    )
+    call_kwargs: tuple[str, ...] = option("Further arguments of the pipeline's call.", (), "KEY=VALUE")
+    batch_size: int = option("Images per call; it does not change them.", 64)
+    timing_repeats: int = option("Timed calls per row, after warm-up.", 5)
+    device: str | None = option("cpu, cuda, cuda:1, ...; default: the best there is.", None)
+    dtype: Dtype = option("Of weights and computation.", "float32")
+    download: bool = option("Whether weights may be fetched from a hub.", False)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("n", 2),
+            ("seed", 0),
+            ("reference_steps", 1),
+            ("batch_size", 1),
+            ("timing_repeats", 1),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"--{name} must be at least {least}; got {value}")
+        for value in self.steps:
+            if value < 1:
+                raise InputError(f"--steps must be at least 1; got {value}")
+        if self.reference_stats is not None and self.reference_images is not None:
+            raise InputError("--reference_stats and --reference_images exclude each other; give one")
+
+
+def pipeline_arguments(pipe: Any, pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` strings as arguments of a pipeline's call: values are JSON where they parse as it, else strings.
+
+    Raises:
+        InputError: for an argument that the pipeline does not take, or that fewstep sets itself.
+    """
+    known = set(inspect.signature(pipe.__call__).parameters) - RESERVED_ARGUMENTS.keys()
+    values = {}
+    for key, text in call_arguments(pairs).items():
+        if key in RESERVED_ARGUMENTS:
+            raise InputError(f"--call_kwargs must not set {key}: {RESERVED_ARGUMENTS[key]}")
+        if key not in known:
+            raise unknown_name(f"argument of {type(pipe).__name__}", key, known)
+        values[key] = _json_or_text(text)
+    return values
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,222 @@
+"""How long a configuration takes and how much memory it needs, measured on the object that made its images.
+
+The protocol: first call apart; warm-ups at the same shape, steps and guidance; repeats that are synchronised at
+both ends and all kept; batch-1 latency and throughput at a batch size as two numbers that are never derived from
+each other; the shares of the components by stamps at their boundaries; memory after the warm-up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .assets import component_modules
+from .conditions import Conditions
+from .generate import call_pipeline
+from .shares import Shares, component_shares
+
+WARMUPS = 1
+"Full calls after the first one, before anything is measured."
+
+THROUGHPUT_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeats of one measurement, in seconds.
+
+    Attributes:
+        values: in the order in which they were measured.
+        median: of the values.
+        q1: first quartile.
+        q3: third quartile.
+    """
+
+    values: tuple[float, ...]
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """The spread of some repeats, one at least."""
+        q1, median, q3 = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        )
+        return cls(tuple(values), median, q1, q3)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Images per second at a batch size, from the median of the repeats."""
+
+    batch: int
+    images_per_s: float
+    values_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Speed and memory of one configuration.
+
+    Attributes:
+        first_call_s: the first call of this configuration in this process, one image.
+        latency_s: seconds of a call with one image.
+        throughput: at the batch size.
+        shares_s: the components of one call with one image.
+        flops: floating-point operations of one call with one image, two per multiply-add; None where not counted.
+        peak_bytes: most memory in use during the latency repeats.
+        peak_kind: ``cuda_allocated`` (`torch.cuda.max_memory_allocated`, weights included), ``rss`` (peak resident set
+            of the process in these repeats) or ``rss_of_process`` (its peak since the process started).
+        weights_bytes: parameters and buffers of all components.
+        warmups: full calls before the repeats.
+    """
+
+    first_call_s: float
+    latency_s: Spread
+    throughput: Throughput
+    shares_s: Shares
+    flops: int | None
+    peak_bytes: int
+    peak_kind: str
+    weights_bytes: int
+    warmups: int
+    warnings: tuple[str, ...] = ()
+
+
+def measure(
+    pipe: Any,
+    conditions: Conditions,
+    call_kwargs: Mapping[str, Any],
+    *,
+    first_seed: int,
+    batch_size: int,
+    repeats: int,
+) -> Timing:
+    """Times a pipeline as it is, with its plan attached.
+
+    Args:
+        pipe: the pipeline.
+        conditions: what the images show.
+        call_kwargs: further arguments of the call.
+        first_seed: seed of the first image.
+        batch_size: of the throughput.
+        repeats: calls behind the latency.
+    """
+
+    def call(batch: int) -> Callable[[], None]:
+        seeds = range(first_seed, first_seed + batch)
+        return lambda: call_pipeline(pipe, conditions, seeds, call_kwargs)
+
+    one, device = call(1), pipe.device
+    first_call_s = timed(one, device)
+    for _ in range(WARMUPS):
+        one()
+    memory = PeakMemory(device)
+    latency = Spread.of([timed(one, device) for _ in range(repeats)])
+    peak_bytes = memory.read()
+    shares, warnings = component_shares(pipe, one, latency.median)
+    many = call(batch_size)
+    many()
+    batches = [timed(many, device) for _ in range(min(repeats, THROUGHPUT_REPEATS))]
+    return Timing(
+        first_call_s=first_call_s,
+        latency_s=latency,
+        throughput=Throughput(batch_size, batch_size / statistics.median(batches), tuple(batches)),
+        shares_s=shares,
+        flops=count_flops(one),
+        peak_bytes=peak_bytes,
+        peak_kind=memory.kind,
+        weights_bytes=weights_bytes(pipe),
+        warmups=WARMUPS,
+        warnings=warnings,
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def count_flops(call: Callable[[], None]) -> int | None:
+    """Floating-point operations of a call; None when the counter sees none (fused kernels it has no formula for)."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops() or None
+
+
+def weights_bytes(pipe: Any) -> int:
+    """Bytes of the parameters and buffers of all components, shared ones once."""
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for module in component_modules(pipe).values()
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(tensors.values())
+
+
+class PeakMemory:
+    """The most memory in use since this object was made.
+
+    Attributes:
+        kind: what is measured, as in `Timing.peak_kind`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            self.kind = "cuda_allocated"
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.kind = "rss" if _reset_peak_rss() else "rss_of_process"
+
+    def read(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _peak_rss()
+
+
+def _reset_peak_rss() -> bool:
+    """Sets the peak resident set of this process to its present one; False where the system cannot (not Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_rss() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows, which has neither file
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _is_mac() else 1024)
+
+
+def _is_mac() -> bool:
+    import platform
+
+    return platform.system() == "Darwin"
