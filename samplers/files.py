@@ -93,6 +93,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def refuse_pickle(path: Path) -> None:
     """Raises ``InputError`` for a file name that a pickle would have."""
     if path.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin"}:
-        raise InputError(
-            f"{path} looks like a pickle, which can run code when loaded; convert it to safetensors first"
-        )
+        raise InputError(f"{path} looks like a pickle, which can run code when loaded; convert it to safetensors first")

@@ -69,7 +69,6 @@ def _broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
         return coefficient if coefficient.device.type == "cpu" else coefficient.to(like.device)
     if like.ndim == 0 or coefficient.shape[0] not in (1, like.shape[0]):
         raise InputError(
-            f"got {coefficient.shape[0]} times for tensors of shape {tuple(like.shape)}; "
-            "give one, or one per sample"
+            f"got {coefficient.shape[0]} times for tensors of shape {tuple(like.shape)}; give one, or one per sample"
         )
     return coefficient.to(like.device).view(-1, *(1,) * (like.ndim - 1))

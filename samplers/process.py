@@ -360,9 +360,7 @@ class Process:
         if eta == 0:
             return torch.zeros_like(end.sigma * start.sigma)
         allowed = _log_snr(end) >= _log_snr(start)
-        require(
-            allowed, there, "cannot jump with eta > 0 to time {}, which is noisier than the start; use travel"
-        )
+        require(allowed, there, "cannot jump with eta > 0 to time {}, which is noisier than the start; use travel")
         forward = (start.sigma**2 - (start.alpha / end.alpha * end.sigma) ** 2).clamp(min=0)
         std = eta * end.sigma / start.sigma * forward.sqrt()
         return torch.where(allowed, torch.where(end.sigma == 0, 0.0, std), torch.nan)

@@ -54,9 +54,7 @@ def _vp(scheduler: Any) -> Recognised:
             )
         return Recognised(_flow_schedule(config, FlowSchedule, config.get("flow_shift", 1.0)), prediction)
     if isinstance(prediction, Flow):
-        raise InputError(
-            "prediction_type='flow_prediction' needs use_flow_sigmas=True in the scheduler's config"
-        )
+        raise InputError("prediction_type='flow_prediction' needs use_flow_sigmas=True in the scheduler's config")
     return Recognised(_table(scheduler), prediction)
 
 

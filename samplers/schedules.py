@@ -91,9 +91,7 @@ class TableSchedule(NoiseSchedule):
             raise InputError(f"alphas_cumprod has {len(table)} values; a noise schedule needs at least 3")
         for index, value in enumerate(table):
             if not (0 < value < 1 or (value == 0 and index == len(table) - 1)):
-                raise InputError(
-                    f"alphas_cumprod must lie inside (0, 1); got {value} at index {index}, mend the betas"
-                )
+                raise InputError(f"alphas_cumprod must lie inside (0, 1); got {value} at index {index}, mend the betas")
             if 0 < index < len(table) - 1 and value > table[index - 1]:
                 raise InputError(
                     f"alphas_cumprod must not increase; got {value} after {table[index - 1]} "
@@ -213,9 +211,7 @@ class FlowSchedule(NoiseSchedule):
 
     def from_uniform(self, u: Tensor) -> Tensor:
         if self.shift is None:
-            raise InputError(
-                "this scheduler shifts by resolution; set the shift with process.with_mu(mu) first"
-            )
+            raise InputError("this scheduler shifts by resolution; set the shift with process.with_mu(mu) first")
         return self.time_of_sigma(self.shift * u / (1 + (self.shift - 1) * u))
 
 

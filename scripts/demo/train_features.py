@@ -31,7 +31,7 @@ def accuracy(net: FashionNet, images: Tensor, labels: Tensor) -> float:
     """Share of right answers, in [0, 1]."""
     net.eval()
     with torch.no_grad():
-        answers = [net(to_float(batch))[1].argmax(1) for batch in images.split(500)]
+        answers = [net(to_float(batch))[1].argmax(1) for batch in torch.split(images, 500)]
     return (torch.cat(answers) == labels).float().mean().item()
 
 
@@ -40,7 +40,7 @@ def train_classifier(folder: Path, data: Path, steps: int, seed: int) -> tuple[F
     images, labels = load_fashion("train", data)
     torch.manual_seed(seed)
     net = FashionNet((16, 64, 128))
-    live = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    live = net.to(memory_format=torch.channels_last)
 
     def loss_function(generator: Generator) -> dict[str, Tensor]:
         index = torch.randint(len(images), (BATCH,), generator=generator)

@@ -63,18 +63,18 @@ def perceptual_terms(net: FashionNet, real: Tensor, fake: Tensor) -> dict[str, T
 
 
 def _unit(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW / (x_BCHW.norm(dim=1, keepdim=True) + 1e-6)
+    return torch.nn.functional.normalize(x_BCHW, dim=1, eps=1e-6)
 
 
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of uint8 images, each float32 (n, C, 8, 8)."""
     with torch.no_grad():
-        posteriors = [vae.encode(to_float(batch)).latent_dist for batch in images.split(256)]
+        posteriors = [vae.encode(to_float(batch)).latent_dist for batch in torch.split(images, 256)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 def fold_normalisation(vae: AutoencoderKL, images: Tensor) -> None:
-    """Brings each latent channel to zero mean and unit variance over ``images``, without changing the decoder's output."""
+    """Brings each latent channel to zero mean and unit variance over ``images``; what it decodes to stays."""
     mean, _ = encode_moments(vae, images)
     shift, scale = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
     channels = len(shift)
@@ -87,7 +87,9 @@ def fold_normalisation(vae: AutoencoderKL, images: Tensor) -> None:
         quant.bias[channels:] -= 2 * scale.log()
 
 
-def train_vae(work: Path, perceptual: Path, data: Path, steps: int, seed: int) -> tuple[AutoencoderKL, dict[str, float]]:
+def train_vae(
+    work: Path, perceptual: Path, data: Path, steps: int, seed: int
+) -> tuple[AutoencoderKL, dict[str, float]]:
     """Trains the autoencoder, or resumes it from ``work``."""
     images, _ = load_fashion("train", data)
     net = load_perceptual(perceptual)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -102,7 +101,7 @@ def train(
             with torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else nullcontext():
                 terms = loss_function(step_generator(recipe.seed, step))
             loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr (now {recipe.lr})")
@@ -114,7 +113,9 @@ def train(
                 progress.update(task, loss=" ".join(f"{k} {v:.4f}" for k, v in shown.items()))
                 elapsed = round(spent + time.perf_counter() - clock, 1)
                 with (folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps({"step": step, "elapsed_s": elapsed, "norm": round(norm.item(), 4)} | shown) + "\n")
+                    log.write(
+                        json.dumps({"step": step, "elapsed_s": elapsed, "norm": round(norm.item(), 4)} | shown) + "\n"
+                    )
             progress.advance(task)
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
                 elapsed = spent + time.perf_counter() - clock
@@ -160,11 +161,15 @@ def _save(
     header = {"step": str(step), "train_s": f"{elapsed:.1f}", "recipe": json.dumps(asdict(recipe))}
     temporary = folder / "state.safetensors.tmp"
     save_file({name: value.contiguous().clone() for name, value in tensors.items()}, temporary, metadata=header)
-    os.replace(temporary, folder / "state.safetensors")
+    temporary.replace(folder / "state.safetensors")
 
 
 def _resume(
-    folder: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+    folder: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
 ) -> tuple[int, float]:
     path = folder / "state.safetensors"
     if not path.is_file():

@@ -20,9 +20,7 @@ from fewstep.samplers.schedules import (
 
 def draws(*, batch: int = 3, count: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(batch, 2, 4, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)
-    ]
+    return [torch.randn(batch, 2, 4, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:

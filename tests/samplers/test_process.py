@@ -95,9 +95,7 @@ def test_ancestral_jump_has_the_posterior_variance(process):
     from_noise = process.jump(zero, t, s, x0=zero, eta=1.0, noise=one)
     close(from_eps**2 + from_noise**2, (process.sigma(s) ** 2).expand_as(one), 1e-9)
     # The transition back, x_s -> x_t, has covariance r sigma_s^2 with x_t: detailed balance of the posterior.
-    close(
-        from_eps * process.sigma(t), process.alpha(t) / process.alpha(s) * process.sigma(s) ** 2 * one, 1e-9
-    )
+    close(from_eps * process.sigma(t), process.alpha(t) / process.alpha(s) * process.sigma(s) ** 2 * one, 1e-9)
 
 
 # Properties
@@ -286,8 +284,7 @@ def test_errors_of_schedulers():
         ),
     )
     fails(
-        "EDMDPMSolverMultistepScheduler cannot precondition prediction_type='sample'; "
-        "set 'epsilon' or 'v_prediction'",
+        "EDMDPMSolverMultistepScheduler cannot precondition prediction_type='sample'; set 'epsilon' or 'v_prediction'",
         lambda: Process.from_scheduler(diffusers.EDMDPMSolverMultistepScheduler(prediction_type="sample")),
     )
     with pytest.raises(InputError, match="unknown prediction type 'epsilom'; did you mean 'epsilon'"):
@@ -336,8 +333,7 @@ def test_errors_of_tensors():
     x, out = draws()
     flow = PROCESSES["flow"]
     fails(
-        "tensors of one step must have one shape; got (3, 4, 4, 4) beside (3, 2, 4, 4), "
-        "drop a learned variance first",
+        "tensors of one step must have one shape; got (3, 4, 4, 4) beside (3, 2, 4, 4), drop a learned variance first",
         lambda: flow.to_x0(torch.cat([out, out], 1), x, 500),
     )
     fails("tensors must be floating point; got torch.uint8", lambda: flow.add_noise(x.byte(), out, 500))
@@ -378,9 +374,7 @@ def test_errors_of_jump():
         lambda: flow.jump(x, 500, 300, out=out, x0=out),
     )
     fails("eta must be 0 to 1; got 1.5", lambda: flow.jump(x, 500, 300, out=out, eta=1.5, noise=x))
-    fails(
-        "noise goes with eta > 0; got eta=0.5 without noise", lambda: flow.jump(x, 500, 300, out=out, eta=0.5)
-    )
+    fails("noise goes with eta > 0; got eta=0.5 without noise", lambda: flow.jump(x, 500, 300, out=out, eta=0.5))
     fails("noise goes with eta > 0; got eta=0.0 with noise", lambda: flow.jump(x, 500, 300, out=out, noise=x))
     fails(
         "cannot jump with eta > 0 to time 700, which is noisier than the start; use travel",

@@ -265,12 +265,7 @@ def test_conversions_equal_convert_model_output(name, config, what, prediction):
 
 @pytest.mark.parametrize(
     ("prediction", "zero_snr"),
-    [
-        (prediction, zero)
-        for prediction in EPS_V_X
-        for zero in (False, True)
-        if (prediction, zero) != ("epsilon", True)
-    ],
+    [(prediction, zero) for prediction in EPS_V_X for zero in (False, True) if (prediction, zero) != ("epsilon", True)],
 )
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_jump_equals_ddim(prediction, zero_snr, eta):
@@ -368,9 +363,7 @@ def test_dynamic_shift_equals_the_schedulers_spacing(rule):
     sigmas = np.linspace(1, 0.2, 5)
     scheduler.set_timesteps(sigmas=sigmas, mu=1.15)
     close(process.with_mu(1.15).from_uniform(torch.from_numpy(sigmas)), scheduler.timesteps)
-    with pytest.raises(
-        InputError, match=r"shifts by resolution; set the shift with process\.with_mu\(mu\) first"
-    ):
+    with pytest.raises(InputError, match=r"shifts by resolution; set the shift with process\.with_mu\(mu\) first"):
         process.from_uniform(0.5)
 
 

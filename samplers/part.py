@@ -1,0 +1,112 @@
+"""What a plan is made of: slots, the parts that fill them, and the run that the parts prepare.
+
+A new method is one file: a frozen subclass of `Part`, registered in its slot's registry. A new slot is
+a registry in its own file and one field of `Plan`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from .errors import InputError
+from .registry import Registry
+
+
+@dataclass
+class Run:
+    """What an attached pipeline will do: filled by the parts of a plan before the pipeline is touched.
+
+    Attributes:
+        pipe: the pipeline, to look at and never to change.
+        scheduler: a scheduler of our own, which the parts may change.
+        timesteps: the explicit grid, or None for the scheduler's own.
+        call_arguments: arguments that the plan sets in every call of the pipeline.
+        warnings: sentences the user should read.
+    """
+
+    pipe: Any
+    scheduler: Any
+    timesteps: tuple[float, ...] | None = None
+    call_arguments: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def set_argument(self, part: str, name: str, value: Any, known: frozenset[str]) -> None:
+        """Sets one argument of the pipeline's call.
+
+        Args:
+            part: the part that asks, as the user knows it.
+            name: the argument.
+            value: its value.
+            known: the arguments that the pipeline takes.
+
+        Raises:
+            InputError: when the pipeline takes no such argument.
+        """
+        if name not in known:
+            raise InputError(
+                f"{type(self.pipe).__name__} takes no argument {name!r}; remove the {part} part from the plan"
+            )
+        self.call_arguments[name] = value
+
+
+class Part(BaseModel):
+    """One part of a plan: frozen data that validates itself and prepares a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    type: str
+
+    @abstractmethod
+    def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
+        """Writes into ``run`` what this part asks for.
+
+        Args:
+            run: what the attached pipeline will do so far.
+            known_arguments: the names of the arguments that the pipeline's call takes.
+
+        Raises:
+            InputError: when the part cannot work on this pipeline; the pipeline has not been touched then.
+        """
+
+
+class Slot:
+    """Annotation of a plan's field: it holds None, or a part of ``registry`` that its ``type`` names."""
+
+    def __init__(self, registry: Registry[type[Part]]) -> None:
+        self.registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda part: None if part is None else part.model_dump()
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        parts = [self.registry[name].model_json_schema() for name in self.registry.names()]
+        return {"oneOf": [*parts, {"type": "null"}]}
+
+    def _validate(self, value: Any) -> Part | None:
+        if value is None or isinstance(value, Part):
+            return value
+        if not isinstance(value, dict) or "type" not in value:
+            raise InputError(f"a {self.registry.what} is an object with a 'type'; got {value!r}")
+        return self.registry[str(value["type"])].model_validate(value)
+
+
+class Record(BaseModel):
+    """A frozen group of facts in a plan that nothing runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Record:
+        if not self.model_dump(exclude_none=True):
+            raise ValueError(f"{type(self).__name__} is empty; leave it out")
+        return self

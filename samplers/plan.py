@@ -1,0 +1,101 @@
+"""The plan: how to sample, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import InputError, unknown_name
+from .files import read_json, write_json
+from .grid import GRIDS
+from .guidance import GUIDANCES
+from .part import Part, Slot
+from .provenance import Evidence, TunedFor
+from .solver import SOLVERS
+
+PLAN_VERSION = 1
+
+
+class Plan(BaseModel):
+    """How to sample from a diffusers pipeline. A part that is left out stays as the pipeline has it.
+
+    The parts are applied in the order of the fields. Plans are frozen; ``plan.model_copy(update=...)`` makes another.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    version: Literal[1] = Field(default=1, alias="fewstep_plan", description="Version of this format.")
+    name: str | None = Field(default=None, min_length=1, max_length=100, description="What reports call it.")
+    solver: Annotated[Part | None, Slot(SOLVERS)] = Field(default=None, description="Which scheduler steps.")
+    grid: Annotated[Part | None, Slot(GRIDS)] = Field(default=None, description="At which timesteps.")
+    guidance: Annotated[Part | None, Slot(GUIDANCES)] = Field(default=None, description="How strongly guided.")
+    tuned_for: TunedFor | None = Field(default=None, description="What it was made on.")
+    evidence: tuple[Evidence, ...] = Field(default=(), description="What was measured.")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are there, in the order in which they are applied."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(value for value in values if isinstance(value, Part))
+
+    @property
+    def nominal_steps(self) -> int | None:
+        """Number of grid points, or None when the plan leaves the grid to the pipeline."""
+        return getattr(self.grid, "nominal_steps", None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, without the fields that are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"fewstep_plan": self.version}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "plan") -> Plan:
+        """The plan in JSON data.
+
+        Args:
+            data: what ``to_json`` gives.
+            source: what error messages call it.
+
+        Raises:
+            InputError: one line that names the field, the value and the mend.
+        """
+        if not isinstance(data, dict) or "fewstep_plan" not in data:
+            raise InputError(
+                f'{source} is not a fewstep plan; a plan is a JSON object with "fewstep_plan": {PLAN_VERSION}'
+            )
+        if data["fewstep_plan"] != PLAN_VERSION:
+            raise InputError(
+                f"{source} has plan version {data['fewstep_plan']!r}; this fewstep reads version {PLAN_VERSION}"
+            )
+        known = {info.alias or name for name, info in cls.model_fields.items()}
+        for key in data:
+            if key not in known:
+                raise InputError(f"{source}: {unknown_name('part', str(key), known)}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{source}: {_first_problem(error)}") from None
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan from a JSON file.
+
+        Raises:
+            InputError: when the file is missing, not JSON, or not a valid plan.
+        """
+        return cls.from_json(read_json(Path(path)), str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON; the file is complete or absent."""
+        write_json(Path(path), self.to_json())
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(step) for step in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    value = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
+    return f"{place + ': ' if place else ''}{message}{value}"

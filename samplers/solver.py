@@ -1,0 +1,75 @@
+"""The solver: which scheduler takes the steps."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import diffusers
+from diffusers import SchedulerMixin
+from pydantic import Field
+
+from .errors import InputError, unknown_name
+from .part import Part, Run
+from .registry import Registry
+
+SOLVERS: Registry[type[Part]] = Registry("solver type")
+
+
+def scheduler_names() -> list[str]:
+    """Names of the schedulers of the installed diffusers that run in plain PyTorch."""
+    return sorted(
+        name
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and not name.startswith("Flax") and "lass" not in name
+    )
+
+
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """The scheduler class of diffusers called ``name``.
+
+    Raises:
+        InputError: when there is none, with the nearest name.
+    """
+    if name not in scheduler_names():
+        raise unknown_name("scheduler", name, scheduler_names())
+    found = getattr(diffusers, name)
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+        raise InputError(f"{name} is not installed or not a scheduler; known: {', '.join(scheduler_names())}")
+    return found
+
+
+@SOLVERS.register("diffusers")
+class DiffusersSolver(Part):
+    """A scheduler of diffusers, made by its own ``from_config`` from the pipeline's scheduler."""
+
+    type: Literal["diffusers"] = "diffusers"
+    scheduler: str = Field(description="Class name in diffusers, such as DPMSolverMultistepScheduler.")
+    config: dict[str, bool | int | float | str | list[float] | None] = Field(
+        default_factory=dict, description="Options that differ from the pipeline's own scheduler."
+    )
+
+    def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
+        """Replaces the run's scheduler.
+
+        Raises:
+            InputError: for an unknown scheduler or option, or options that it refuses.
+        """
+        cls = scheduler_class(self.scheduler)
+        options = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        for option in self.config:
+            if option not in options:
+                raise unknown_name(f"option of {self.scheduler}", option, options)
+        run.scheduler = make_scheduler(cls, run.scheduler, self.config)
+
+
+def make_scheduler(cls: type[SchedulerMixin], like: SchedulerMixin, options: dict[str, Any]) -> SchedulerMixin:
+    """``cls.from_config`` of another scheduler's configuration, with ``options`` on top.
+
+    Raises:
+        InputError: when the scheduler refuses them.
+    """
+    try:
+        return cls.from_config(like.config, **options)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"{cls.__name__} refuses this configuration: {error}") from error

@@ -1,0 +1,59 @@
+"""Trains ``fashion-unet``: an unconditional pixel-space U-Net for ``DDIMPipeline`` and ``DDPMPipeline``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from torch import Generator, Tensor
+
+from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion, to_float
+from fewstep.scripts.demo.teacher import teacher_scheduler, velocity_loss
+from fewstep.scripts.demo.trainer import Recipe, train
+
+BATCH = 64
+
+
+def new_unet() -> UNet2DModel:
+    """An untrained U-Net of the demo's shape."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 48, 96),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=32,
+    )
+
+
+def main() -> None:
+    """Trains the U-Net into ``--work`` and saves the pipeline as ``--work``/pipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    images, _ = load_fashion("train", options.data)
+    unet, scheduler = new_unet(), teacher_scheduler()
+
+    def loss_function(generator: Generator) -> dict[str, Tensor]:
+        index = torch.randint(len(images), (BATCH,), generator=generator)
+        x0 = to_float(images[index])
+        return {"v": velocity_loss(scheduler, lambda x, t: unet(x, t).sample, x0, generator)}
+
+    recipe = Recipe(steps=options.steps, lr=1.2e-3, ema=0.9985, seed=options.seed, bf16=True, save_every=400)
+    record = train(unet, loss_function, recipe, options.work)
+    DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(options.work / "pipe")
+    print(record)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
