@@ -50,8 +50,8 @@ def resolve_pipe(spec: str) -> Path:
     folder = Path(spec)
     if not folder.is_dir():
         raise InputError(
-            f"--pipe {spec} is not a folder; give a diffusers pipeline folder or one of {', '.join(demo_names())}, "
-            "or allow the download of a hub repository with --download true"
+            f"--pipe {spec} is not a folder; give a diffusers pipeline folder "
+            f"or one of {', '.join(demo_names())}, or allow the download of a hub repository with --download true"
         )
     if not (folder / "model_index.json").is_file():
         raise InputError(
@@ -60,8 +60,8 @@ def resolve_pipe(spec: str) -> Path:
         )
     if not any(folder.rglob("*.safetensors")) and any(_pickles(folder)):
         raise InputError(
-            f"--pipe {spec} holds pickled weights only ({next(_pickles(folder)).name}), which can run code when loaded; "
-            "convert it with save_pretrained(safe_serialization=True)"
+            f"--pipe {spec} holds pickled weights only ({next(_pickles(folder)).name}), which can run code "
+            "when loaded; convert it with save_pretrained(safe_serialization=True)"
         )
     return folder
 
@@ -134,7 +134,7 @@ def shipped_plans(spec: str) -> list[Path]:
 
 
 def reference_plan(spec: str, steps: int) -> Plan:
-    """The plan that others are compared with: the demo's own, else the pipeline as it is at ``steps`` steps."""
+    """The plan others are compared with: the demo's own, else the pipeline as it is in ``steps`` steps."""
     folder = plan_folder(spec)
     if folder and (folder / "reference.json").is_file():
         return Plan.load(folder / "reference.json")

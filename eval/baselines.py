@@ -22,9 +22,7 @@ VARIANCE_PRESERVING: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 "Name, scheduler and options of the baselines of a pipeline trained on a variance-preserving process."
 
-FLOW_MATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("flow-euler", "FlowMatchEulerDiscreteScheduler", {}),
-)
+FLOW_MATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (("flow-euler", "FlowMatchEulerDiscreteScheduler", {}),)
 "The same for flow matching."
 
 
@@ -59,9 +57,7 @@ def baseline_rows(pipe: Any, reference: Plan, steps: Iterable[int]) -> list[Row]
     ]
 
 
-def _plan(
-    name: str, scheduler: str, options: dict[str, Any], steps: int, reference: Plan, spaced: bool
-) -> Plan:
+def _plan(name: str, scheduler: str, options: dict[str, Any], steps: int, reference: Plan, spaced: bool) -> Plan:
     grid: dict[str, Any] = {"type": "spacing", "steps": steps}
     plan = {
         "fewstep_plan": 1,
@@ -108,9 +104,7 @@ def control_row(reference: Plan, steps: int) -> Row:
     plan = reference.to_json()
     grid = plan.get("grid") or {}
     if grid.get("type") != "spacing":
-        raise InputError(
-            "the reference plan needs a grid of type 'spacing', so that it can be run in fewer steps"
-        )
+        raise InputError("the reference plan needs a grid of type 'spacing', so that it can be run in fewer steps")
     solver = (plan.get("solver") or {}).get("scheduler", "own")
     name = f"control-{solver.removesuffix('Scheduler').lower()}-{steps}"
     kept = {key: plan[key] for key in ("fewstep_plan", "solver", "guidance") if key in plan}

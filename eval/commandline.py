@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
@@ -19,16 +20,25 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def option(help: str, default: Any = dataclasses.MISSING, metavar: str | None = None) -> Any:  # noqa: A002
-    """A field of a dataclass of options, which becomes the flag of the same name.
+@dataclass(frozen=True)
+class Flag:
+    """Annotation of an option: its help text, and what stands for its value there.
 
-    A field of type ``tuple[X, ...]`` takes several values after its flag.
+    An option of type ``tuple[X, ...]`` takes several values after its flag.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+
+    help: str
+    metavar: str | None = None
 
 
 def options_parser(options: type, description: str, epilog: str = "") -> ArgumentParser:
-    """A parser with one flag for each field of ``options``, and ``--config`` and ``--print_config``."""
+    """A parser with one flag for each field of ``options``, and ``--config`` and ``--print_config``.
+
+    Args:
+        options: a dataclass whose fields are ``Annotated[type, Flag(...)]`` and have a default.
+        description: first paragraph of the help.
+        epilog: last one.
+    """
     parser = ArgumentParser(
         description=description,
         epilog=epilog,
@@ -36,28 +46,21 @@ def options_parser(options: type, description: str, epilog: str = "") -> Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML or JSON file of options; flags after it win.")
-    hints = typing.get_type_hints(options)
+    hints = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        hint = hints[field.name]
-        extra: dict[str, Any] = {"help": field.metadata["help"]}
+        hint, flag = typing.get_args(hints[field.name])
+        extra: dict[str, Any] = {"metavar": flag.metavar} if flag.metavar else {}
         if typing.get_origin(hint) is tuple:
             hint, extra["nargs"] = typing.get_args(hint)[0], "+"
-        if field.default is dataclasses.MISSING:
-            extra["required"] = True
-        else:
-            extra["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-        if field.metadata["metavar"]:
-            extra["metavar"] = field.metadata["metavar"]
-        parser.add_argument(f"--{field.name}", type=hint, **extra)
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        parser.add_argument(f"--{field.name}", type=hint, default=default, help=flag.help, **extra)
     return parser
 
 
 def read_options(options: type[Options], parsed: Namespace) -> Options:
     """The dataclass from what its `options_parser` parsed."""
     values = {field.name: parsed[field.name] for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    return options(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def exit_status(program: str, command: Callable[[], None], interrupted: str) -> int:
@@ -92,9 +95,7 @@ def call_arguments(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise InputError(
-                f"--call_kwargs {pair!r} is not of the form key=value; write for example height=512"
-            )
+            raise InputError(f"--call_kwargs {pair!r} is not of the form key=value; write for example height=512")
         if key in values:
             raise InputError(f"--call_kwargs gives {key!r} twice; keep one")
         values[key] = value

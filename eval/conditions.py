@@ -25,9 +25,7 @@ class Conditions:
 
     def __post_init__(self) -> None:
         if (self.kind == "none") != (not self.values):
-            raise InputError(
-                f"conditions of kind {self.kind!r} with {len(self.values)} values; give at least one"
-            )
+            raise InputError(f"conditions of kind {self.kind!r} with {len(self.values)} values; give at least one")
 
     def codes(self, seeds: Sequence[int]) -> list[int]:
         """What a shard stores per image: the label, the index of the prompt, or -1."""
@@ -72,14 +70,10 @@ def conditions_for(pipe: Any, *, class_labels: Sequence[int] = (), prompts: Path
         return Conditions("labels", tuple(class_labels) or _named_labels(pipe))
     if "prompt" in arguments:
         if prompts is None:
-            raise InputError(
-                f"{name} needs prompts; give a text file with one prompt a line as --prompts FILE"
-            )
+            raise InputError(f"{name} needs prompts; give a text file with one prompt a line as --prompts FILE")
         return Conditions("prompts", read_prompts(prompts))
     if "batch_size" not in arguments:
-        raise InputError(
-            f"{name} takes neither class labels, prompts nor a batch size; fewstep cannot drive it"
-        )
+        raise InputError(f"{name} takes neither class labels, prompts nor a batch size; fewstep cannot drive it")
     return Conditions("none")
 
 

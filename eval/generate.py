@@ -1,7 +1,7 @@
 """Images by shards: resumable, and the same whatever the batch size, the number of processes and n.
 
-Every image has a seed. Its noise comes from its own CPU generator and its condition from the seed, so which other
-images are made beside it does not matter (up to the rounding of batched matrix products).
+Every image has a seed. Its noise comes from its own CPU generator and its condition from the seed, so which
+other images are made beside it does not matter (up to the rounding of batched matrix products).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ImageSet:
         return self.folder / f"shard-{index:05d}.safetensors"
 
     def read(self, index: int) -> Shard | None:
-        """A shard, checked, and cut to the seeds of this set; None when it was not made yet. It may be incomplete.
+        """A shard, checked and cut to the seeds of this set; None when there is none yet. It may be incomplete.
 
         Raises:
             InputError: when the file is damaged or belongs to another configuration.
@@ -116,9 +116,7 @@ class ImageSet:
         wanted = list(self.seeds_of(index))[: len(shard.seeds)]
         right = shard.seeds.tolist() == wanted and shard.conditions.tolist() == self.conditions.codes(wanted)
         if not right or images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(seeds):
-            raise InputError(
-                f"{path} holds other seeds, conditions or images than expected; delete it and run again"
-            )
+            raise InputError(f"{path} holds other seeds, conditions or images than expected; delete it and run again")
         return shard
 
     def shards(self) -> Iterator[Shard]:
@@ -175,13 +173,13 @@ def generate(
             for batch in _batches(seeds[len(shard.seeds) if shard else 0 :], batch_size):
                 made, seeded = sample_images(pipe, images.conditions, batch, call_kwargs)
                 stats = handle.stats
-                assert stats is not None  # noqa: S101 - the call above set it
+                assert stats is not None
                 warnings = (*stats.warnings, *(() if seeded else (_unseeded(pipe),)))
                 codes = torch.tensor(images.conditions.codes(batch))
                 part = Shard(index, made, torch.tensor(batch), codes, stats.nfe, warnings)
                 shard = part if shard is None else _joined(shard, part)
                 progress(len(batch))
-            assert shard is not None  # noqa: S101 - an incomplete shard has seeds left
+            assert shard is not None
             _write(images, shard)
 
 
@@ -221,10 +219,8 @@ def sample_images(
     return to_uint8(torch.from_numpy(array).permute(0, 3, 1, 2)), seeded
 
 
-def call_pipeline(
-    pipe: Any, conditions: Conditions, seeds: Sequence[int], call_kwargs: Mapping[str, Any]
-) -> Any:
-    """Calls the pipeline with one CPU generator per image; the output's images are float (B, H, W, C) in [0, 1]."""
+def call_pipeline(pipe: Any, conditions: Conditions, seeds: Sequence[int], call_kwargs: Mapping[str, Any]) -> Any:
+    """Calls the pipeline with one CPU generator per image; its images are float (B, H, W, C) in [0, 1]."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     lists = {
         name: [value] * len(seeds) if name in PER_IMAGE_ARGUMENTS and isinstance(value, str) else value
@@ -235,7 +231,7 @@ def call_pipeline(
 
 @contextmanager
 def _watch_global_noise(device: torch.device, seed: int) -> Iterator[Callable[[], bool]]:
-    """Seeds torch's global generators for the block, restores them after it, and tells whether they were used."""
+    """Seeds torch's global generators for the block, restores them, and tells whether they were used."""
     cuda = [device] if device.type == "cuda" else []
 
     def states() -> list[Tensor]:
@@ -255,9 +251,7 @@ def _unseeded(pipe: Any) -> str:
 
 
 def _joined(a: Shard, b: Shard) -> Shard:
-    parts = (
-        torch.cat(pair) for pair in ((a.images, b.images), (a.seeds, b.seeds), (a.conditions, b.conditions))
-    )
+    parts = (torch.cat(pair) for pair in ((a.images, b.images), (a.seeds, b.seeds), (a.conditions, b.conditions)))
     return Shard(a.index, *parts, b.nfe, tuple(dict.fromkeys((*a.warnings, *b.warnings))))
 
 

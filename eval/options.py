@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..samplers.errors import InputError, unknown_name
 from .assets import Dtype
-from .commandline import call_arguments, option
+from .commandline import Flag, call_arguments
 
 DEMO_N = 1280
 "Images per row of the demo: ten times the 128 features that they are scored with, so that the errors hold."
@@ -33,41 +33,41 @@ RESERVED_ARGUMENTS = {
 class BenchOptions:
     """The flags of ``fewstep bench``."""
 
-    pipe: str = option(
-        "Pipeline folder, or a demo such as demo:fashion-dit.", "demo:fashion-dit", "PATH|demo:NAME"
+    pipe: Annotated[str, Flag("Pipeline folder, or a demo such as demo:fashion-dit.", "PATH|demo:NAME")] = (
+        "demo:fashion-dit"
     )
-    plans: tuple[Path, ...] = option("Plan files to compare with the baselines.", (), "PLAN")
-    out: Path = option(
-        "Folder of the results; the same folder continues a stopped run.", Path("fewstep-bench"), "DIR"
+    plans: Annotated[tuple[Path, ...], Flag("Plan files to compare with the baselines.", "PLAN")] = ()
+    out: Annotated[Path, Flag("Folder of the results; the same folder continues a stopped run.", "DIR")] = Path(
+        "fewstep-bench"
     )
-    n: int = option("Images per row.", DEMO_N)
-    seed: int = option("Seed of the first image; image i has seed + i.", 0)
-    steps: tuple[int, ...] = option("Numbers of steps of the baselines.", (5, 10), "STEPS")
-    reference: Path | None = option(
-        "Plan of the reference row; default: the demo's, or the pipeline as it is.", None
-    )
-    reference_steps: int = option("Steps of the reference where no plan says them.", 50)
-    metrics: tuple[str, ...] = option("Metrics to compute; default: all that can be.", (), "METRIC")
-    net: str | None = option("Feature network; default: the demo's own, none for other pipelines.", None)
-    net_path: Path | None = option("Weights of the feature network, where it does not ship.", None)
-    reference_stats: Path | None = option(
-        "Statistics of real images, as --reference_images wrote them.", None
-    )
-    reference_images: Path | None = option("Folder of real images to make the statistics from.", None, "DIR")
-    prompts: Path | None = option("Text file with one prompt a line.", None, "FILE")
-    class_labels: tuple[int, ...] = option(
-        "Labels to cycle through; default: all of the pipeline's.", (), "LABEL"
-    )
-    call_kwargs: tuple[str, ...] = option("Further arguments of the pipeline's call.", (), "KEY=VALUE")
-    batch_size: int = option("Images per call; it does not change them.", 64)
-    timing_repeats: int = option("Timed calls per row, after warm-up.", 5)
-    device: str | None = option("cpu, cuda, cuda:1, ...; default: the best there is.", None)
-    dtype: Dtype = option("Of weights and computation.", "float32")
-    download: bool = option("Whether weights may be fetched from a hub.", False)
+    n: Annotated[int, Flag("Images per row.")] = DEMO_N
+    seed: Annotated[int, Flag("Seed of the first image; image i has seed + i.")] = 0
+    steps: Annotated[tuple[int, ...], Flag("Numbers of steps of the baselines.", "STEPS")] = (5, 10)
+    reference: Annotated[
+        Path | None, Flag("Plan of the reference row; default: the demo's, or the pipeline as it is.")
+    ] = None
+    reference_steps: Annotated[int, Flag("Steps of the reference where no plan says them.")] = 50
+    metrics: Annotated[tuple[str, ...], Flag("Metrics to compute; default: all that can be.", "METRIC")] = ()
+    net: Annotated[str | None, Flag("Feature network; default: the demo's own, none for other pipelines.")] = None
+    net_path: Annotated[Path | None, Flag("Weights of the feature network, where it does not ship.")] = None
+    reference_stats: Annotated[Path | None, Flag("Statistics of real images, as --reference_images wrote them.")] = None
+    reference_images: Annotated[Path | None, Flag("Folder of real images to make the statistics from.", "DIR")] = None
+    clip_path: Annotated[Path | None, Flag("CLIP folder for clip_score.", "DIR")] = None
+    lpips_path: Annotated[Path | None, Flag("AlexNet weights (safetensors) for lpips.", "FILE")] = None
+    prompts: Annotated[Path | None, Flag("Text file with one prompt a line.", "FILE")] = None
+    class_labels: Annotated[
+        tuple[int, ...], Flag("Labels to cycle through; default: all of the pipeline's.", "LABEL")
+    ] = ()
+    call_kwargs: Annotated[tuple[str, ...], Flag("Further arguments of the pipeline's call.", "KEY=VALUE")] = ()
+    batch_size: Annotated[int, Flag("Images per call; it does not change them.")] = 64
+    timing_repeats: Annotated[int, Flag("Timed calls per row, after warm-up.")] = 5
+    device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
+    dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
+    download: Annotated[bool, Flag("Whether weights may be fetched from a hub.")] = False
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("n", 2),
+            ("n", 8),
             ("seed", 0),
             ("reference_steps", 1),
             ("batch_size", 1),
@@ -84,7 +84,7 @@ class BenchOptions:
 
 
 def pipeline_arguments(pipe: Any, pairs: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` strings as arguments of a pipeline's call: values are JSON where they parse as it, else strings.
+    """``key=value`` strings as arguments of a pipeline's call; values are JSON where possible, else strings.
 
     Raises:
         InputError: for an argument that the pipeline does not take, or that fewstep sets itself.

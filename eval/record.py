@@ -1,4 +1,4 @@
-"""The record of a run: what was sampled, what it scored, what it cost. One JSON file per row, and the truth."""
+"""The record of a run: what was sampled, what it scored, what it cost. One JSON file per row."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from .timing import Timing
 Role = Literal["reference", "baseline", "plan", "control"]
 
 RUN_FORMAT = 1
-SEED_RULE = (
-    "one CPU torch.Generator per image, seeded with the image's seed; condition number = seed mod count"
-)
+SEED_RULE = "one CPU torch.Generator per image, seeded with the image's seed; condition number = seed mod count"
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -231,9 +229,7 @@ def run_path(out: Path, name: str) -> Path:
 def check_name(name: str) -> None:
     """Raises ``InputError`` when a row's name cannot be that of a file everywhere."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"a row is called {name!r}; use letters, digits, '.', '_' and '-' in the plan's name"
-        )
+        raise InputError(f"a row is called {name!r}; use letters, digits, '.', '_' and '-' in the plan's name")
 
 
 def is_final(out: Path, name: str, request: str) -> bool:
@@ -255,9 +251,7 @@ def read_run(path: Path) -> dict[str, Any]:
     value = read_json(path)
     needed = {"name", "role", "config_hash", "model_hash", "request", "n", "seeds"}
     if not isinstance(value, dict) or value.get("format") != RUN_FORMAT or not needed <= value.keys():
-        raise InputError(
-            f"{path} is not a run of this version of fewstep; delete it, or choose another --out"
-        )
+        raise InputError(f"{path} is not a run of this version of fewstep; delete it, or choose another --out")
     return value
 
 
@@ -284,6 +278,6 @@ def refuse_strangers(out: Path, model_hash: str, seeds: tuple[int, int], names: 
         if run["name"] not in names and tuple(run["seeds"]) != seeds:
             first, end = run["seeds"]
             raise InputError(
-                f"--out {out} holds row {run['name']} on seeds {first} to {end - 1}, not {seeds[0]} to {seeds[1] - 1}; "
-                f"give --n {end - first} --seed {first}, or another --out"
+                f"--out {out} holds row {run['name']} on seeds {first} to {end - 1}, "
+                f"not {seeds[0]} to {seeds[1] - 1}; give --n {end - first} --seed {first}, or another --out"
             )

@@ -49,9 +49,7 @@ class Shares:
         return self.gap <= max(TOLERANCE * self.total_s, RESOLUTION_S)
 
 
-def component_shares(
-    pipe: Any, call: Callable[[], None], expected_s: float
-) -> tuple[Shares, tuple[str, ...]]:
+def component_shares(pipe: Any, call: Callable[[], None], expected_s: float) -> tuple[Shares, tuple[str, ...]]:
     """The shares of the call of median length among `REPEATS`, and a warning when they do not add up.
 
     Args:
@@ -67,7 +65,8 @@ def component_shares(
         warnings.append(f"the shares of the components miss the whole by {chosen.gap / chosen.total_s:.1%}")
     if chosen.total_s > 1.5 * expected_s:
         warnings.append(
-            f"the call that was split into shares took {chosen.total_s:.3g} s, the others {expected_s:.3g} s: busy machine"
+            f"busy machine: the call that was split into shares took {chosen.total_s:.3g} s, "
+            f"the others {expected_s:.3g} s"
         )
     return chosen, tuple(warnings)
 
@@ -127,7 +126,7 @@ def _shares_of_call(pipe: Any, call: Callable[[], None]) -> Shares:
 @contextmanager
 def _stamped(pipe: Any, clock: Clock) -> Iterator[None]:
     """Stamps at the boundaries of every component, for the block."""
-    parts = {name: "denoise_s" for name in denoisers(pipe)}
+    parts = dict.fromkeys(denoisers(pipe), "denoise_s")
     parts |= {
         name: "encode_s"
         for name, part in pipe.components.items()

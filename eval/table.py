@@ -6,17 +6,22 @@ from rich.table import Table
 
 from .report_runs import Bench, Run
 
-SHOWN_METRICS = 4
-"Metrics that fit beside the costs; the rest is in the report."
+COSTS_WIDTH, METRIC_WIDTH = 66, 20
+"Characters that the names and costs take, and each metric beside them."
 
 
-def bench_table(bench: Bench) -> Table:
-    """One line per run in order of cost: the leading metrics with one standard error, and what the row costs."""
+def bench_table(bench: Bench, width: int) -> Table:
+    """One line per run in order of cost: the leading metrics with one standard error, and the costs.
+
+    Args:
+        bench: the runs.
+        width: characters of a line; as many metrics are shown as fit, the rest is in the report.
+    """
     reference = bench.reference
     against = f", differences to {reference.name} on the same seeds in the report" if reference else ""
     table = Table(title=f"{bench.runs[0].pipe}, n = {bench.runs[0].n:,}{against}", title_justify="left")
     table.add_column("name", no_wrap=True)
-    metrics = bench.metrics[:SHOWN_METRICS]
+    metrics = bench.metrics[: max(1, (width - COSTS_WIDTH) // METRIC_WIDTH)]
     for heading in ("NFE", *metrics, "latency", "images/s", "peak MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in bench.runs:

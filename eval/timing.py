@@ -1,8 +1,8 @@
 """How long a configuration takes and how much memory it needs, measured on the object that made its images.
 
-The protocol: first call apart; warm-ups at the same shape, steps and guidance; repeats that are synchronised at
-both ends and all kept; batch-1 latency and throughput at a batch size as two numbers that are never derived from
-each other; the shares of the components by stamps at their boundaries; memory after the warm-up.
+The protocol: first call apart; warm-ups at the same shape, steps and guidance; repeats that are synchronised
+at both ends and all kept; batch-1 latency and throughput at a batch size as two numbers that are never derived
+from each other; the shares of the components by stamps at their boundaries; memory after the warm-up.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Spread:
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """The spread of some repeats, one at least."""
-        q1, median, q3 = (
-            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        )
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(tuple(values), median, q1, q3)
 
 
@@ -71,10 +69,10 @@ class Timing:
         latency_s: seconds of a call with one image.
         throughput: at the batch size.
         shares_s: the components of one call with one image.
-        flops: floating-point operations of one call with one image, two per multiply-add; None where not counted.
+        flops: floating-point operations of one call with one image, two per multiply-add; None if not counted.
         peak_bytes: most memory in use during the latency repeats.
-        peak_kind: ``cuda_allocated`` (`torch.cuda.max_memory_allocated`, weights included), ``rss`` (peak resident set
-            of the process in these repeats) or ``rss_of_process`` (its peak since the process started).
+        peak_kind: ``cuda_allocated`` (`torch.cuda.max_memory_allocated`, weights included), ``rss`` (peak resident
+            set of the process in these repeats) or ``rss_of_process`` (its peak since the process started).
         weights_bytes: parameters and buffers of all components.
         warmups: full calls before the repeats.
     """
@@ -156,7 +154,7 @@ def timed(call: Callable[[], None], device: torch.device) -> float:
 
 
 def count_flops(call: Callable[[], None]) -> int | None:
-    """Floating-point operations of a call; None when the counter sees none (fused kernels it has no formula for)."""
+    """Floating-point operations of a call; None when the counter sees none (kernels without a formula)."""
     counter = FlopCounterMode(display=False)
     with counter:
         call()
@@ -197,7 +195,7 @@ class PeakMemory:
 
 
 def _reset_peak_rss() -> bool:
-    """Sets the peak resident set of this process to its present one; False where the system cannot (not Linux)."""
+    """Sets the peak resident set of this process to its present one; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

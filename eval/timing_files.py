@@ -41,9 +41,7 @@ def load_timing(path: Path, conditions: dict[str, Any]) -> Timing | None:
             return None
         return _TIMING.validate_python(value["timing"])
     except (KeyError, TypeError, ValidationError):
-        raise InputError(
-            f"{path} is not a timing of this version of fewstep; delete it and run again"
-        ) from None
+        raise InputError(f"{path} is not a timing of this version of fewstep; delete it and run again") from None
 
 
 def save_timing(path: Path, conditions: dict[str, Any], timing: Timing) -> None:

@@ -30,9 +30,7 @@ def test_dtype_is_that_of_all_weights(saved):
 
 
 def test_missing_folder_names_it_and_the_mend(tmp_path):
-    with pytest.raises(
-        InputError, match=r"--pipe .*nowhere is not a folder; give a diffusers pipeline folder"
-    ):
+    with pytest.raises(InputError, match=r"--pipe .*nowhere is not a folder; give a diffusers pipeline folder"):
         assets.load_pipeline(str(tmp_path / "nowhere"))
 
 
@@ -42,16 +40,14 @@ def test_hub_names_are_not_fetched_unless_asked():
 
 
 def test_folder_that_is_no_pipeline(tmp_path):
-    with pytest.raises(InputError, match="holds no model_index.json"):
+    with pytest.raises(InputError, match=r"holds no model_index\.json"):
         assets.load_pipeline(str(tmp_path))
 
 
 def test_pickled_weights_are_refused_by_name(saved):
     weights = saved / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(
-        InputError, match=r"pickled weights only \(diffusion_pytorch_model.bin\).*safe_serialization"
-    ):
+    with pytest.raises(InputError, match=r"pickled weights only \(diffusion_pytorch_model.bin\).*safe_serialization"):
         assets.load_pipeline(str(saved))
 
 

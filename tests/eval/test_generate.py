@@ -67,9 +67,7 @@ def test_one_image_is_what_the_stock_pipeline_makes(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batch_size_does_not_matter(tmp_path, make_pipe, conditions, plan, batch_size):
     first = pixels(make(tmp_path / "a", pipe=make_pipe(), conditions=conditions, plan=plan, batch_size=2))
-    other = pixels(
-        make(tmp_path / "b", pipe=make_pipe(), conditions=conditions, plan=plan, batch_size=batch_size)
-    )
+    other = pixels(make(tmp_path / "b", pipe=make_pipe(), conditions=conditions, plan=plan, batch_size=batch_size))
     assert len(first) == 10
     difference = (first.int() - other.int()).abs()
     assert difference.max() <= 1

@@ -1,0 +1,55 @@
+"""The command ``fewstep``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..eval.commandline import exit_status
+from .bench_command import bench_parser, run_bench_command
+from .plans_command import add_plans_actions, plans_parser, run_plans_command
+from .sample_command import run_sample_command, sample_parser
+
+PROGRAM = "fewstep"
+
+_RUN: dict[str, Callable[[Namespace, str], None]] = {
+    "bench": run_bench_command,
+    "sample": run_sample_command,
+    "plans": run_plans_command,
+}
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        description="Sample diffusion models in few steps, and measure what that cost.",
+        version=version(PROGRAM),
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
+    commands.add_subcommand("bench", bench_parser(), help="score and time plans beside diffusers' own samplers")
+    commands.add_subcommand("sample", sample_parser(), help="make a grid of images with a plan")
+    plans = plans_parser()
+    commands.add_subcommand("plans", plans, help="list, show and validate plans")
+    add_plans_actions(plans)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def command() -> None:
+        parsed = make_parser().parse_args(given)
+        _RUN[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
+
+    return exit_status(PROGRAM, command, "stopped; the same command continues where it stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

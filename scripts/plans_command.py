@@ -1,0 +1,124 @@
+"""``fewstep plans``: what ships, what a plan says, and whether it is one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from ..eval.assets import PREFIX, demo_names, plan_folder, shipped_plans
+from ..samplers import Plan
+from ..samplers.errors import InputError, unknown_name
+from ..samplers.part import Slot
+
+
+@dataclass(frozen=True)
+class ShippedPlan:
+    """A plan that ships, by the name ``TEACHER/STEM``."""
+
+    name: str
+    path: Path
+
+
+def plans_parser() -> ArgumentParser:
+    """The parser of ``fewstep plans``, still without its actions."""
+    return ArgumentParser(description="List, show and validate plans.", exit_on_error=False)
+
+
+def add_plans_actions(parser: ArgumentParser) -> None:
+    """Adds the actions of ``fewstep plans``, which jsonargparse wants after their parser was added itself."""
+    commands = parser.add_subcommands(dest="action", metavar="ACTION", required=True)
+    listing = ArgumentParser(description="List the plans that ship and the types of parts.", exit_on_error=False)
+    commands.add_subcommand("ls", listing, help="plans that ship, and the types of parts")
+    for action, text in (
+        ("show", "print a plan"),
+        ("validate", "check plan files; exit status 2 when one is bad"),
+    ):
+        parser_of_action = ArgumentParser(description=text.capitalize() + ".", exit_on_error=False)
+        many = {"nargs": "+"} if action == "validate" else {}
+        parser_of_action.add_argument("plan", help="plan file, or a name that `fewstep plans ls` lists", **many)
+        commands.add_subcommand(action, parser_of_action, help=text)
+
+
+def run_plans_command(parsed: Namespace, command: str) -> None:
+    """Runs the chosen action."""
+    console = Console()
+    if parsed.action == "ls":
+        _list(console)
+    elif parsed.action == "show":
+        data = find_plan(parsed.show.plan).to_json()
+        console.print_json(json.dumps(data))
+    else:
+        for name in parsed.validate.plan:
+            find_plan(name)
+            console.print(f"{name}: valid", highlight=False, soft_wrap=True)
+
+
+def find_plan(name: str) -> Plan:
+    """A plan by file, or by the name of one that ships.
+
+    Raises:
+        InputError: when it is neither, or not a valid plan.
+    """
+    shipped = {plan.name: plan.path for plan in all_shipped()}
+    path = Path(name)
+    if path.is_dir():
+        raise InputError(f"{name} is a folder; give a plan file, such as {name}/plan.json")
+    if name not in shipped and not path.exists() and path.suffix != ".json":
+        raise unknown_name("plan", name, shipped)
+    return Plan.load(shipped.get(name, path))
+
+
+def all_shipped() -> list[ShippedPlan]:
+    """Every plan that ships, the references of the demos included."""
+    found = []
+    for spec in demo_names():
+        folder = plan_folder(spec)
+        references = [folder / "reference.json"] if folder and (folder / "reference.json").is_file() else []
+        teacher = spec.removeprefix(PREFIX)
+        found += [ShippedPlan(f"{teacher}/{path.stem}", path) for path in (*references, *shipped_plans(spec))]
+    return found
+
+
+def _list(console: Console) -> None:
+    plans = Table(title="plans that ship", title_justify="left")
+    for heading in ("plan", "solver", "grid", "steps"):
+        plans.add_column(heading, no_wrap=True)
+    for shipped in all_shipped():
+        plan = Plan.load(shipped.path)
+        data = plan.to_json()
+        solver = data.get("solver", {}).get("scheduler", data.get("solver", {}).get("type", "the pipeline's"))
+        plans.add_row(
+            shipped.name,
+            solver,
+            data.get("grid", {}).get("type", "the pipeline's"),
+            str(plan.nominal_steps or ""),
+        )
+    console.print(plans)
+    parts = Table(title="parts of a plan", title_justify="left")
+    parts.add_column("part")
+    parts.add_column("types")
+    for name, types in part_types().items():
+        parts.add_row(name, ", ".join(types))
+    console.print(parts)
+
+
+def part_types() -> dict[str, list[str]]:
+    """Registered types of each part of a plan."""
+    found = {}
+    for name, field in Plan.model_fields.items():
+        slots = [item for item in _annotations(field) if isinstance(item, Slot)]
+        if slots:
+            found[name] = slots[0].registry.names()
+    return found
+
+
+def _annotations(field: object) -> list[object]:
+    """Annotations of a field of type ``Annotated[...] | None``."""
+    annotation = getattr(field, "annotation", None)
+    inner = [item for argument in getattr(annotation, "__args__", ()) for item in getattr(argument, "__metadata__", ())]
+    return [*inner, *getattr(field, "metadata", ())]
