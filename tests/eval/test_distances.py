@@ -71,6 +71,30 @@ def test_the_two_routes_agree(n: int, m: int) -> None:
     assert frechet_distance_features(x, y) == pytest.approx(frechet_distance(stats(x), stats(y)), rel=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+def test_nuclear_norm_of_steep_spectra(decay: float, shape: tuple[int, int]) -> None:
+    """Against numpy; the steep ones are beyond what squared singular values can resolve."""
+    left, right = torch.linalg.qr(sample(40, 40, 1)).Q, torch.linalg.qr(sample(40, 40, 2)).Q
+    values = torch.exp(-decay * torch.arange(40, dtype=torch.float64))
+    matrix = (left * values @ right)[: shape[0], : shape[1]]
+    truth = np.linalg.svd(matrix.numpy(), compute_uv=False).sum()
+    assert module._nuclear_norm(matrix).item() == pytest.approx(truth, rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_contrasts_carry_the_covariance(n: int) -> None:
+    x = sample(n, 6, 1)
+    contrasts = module._contrasts(x)
+    assert len(contrasts) == n - 1
+    np.testing.assert_allclose(contrasts.T @ contrasts, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_identical_images_have_no_spread() -> None:
+    x = torch.ones(5, 8, dtype=torch.float64)
+    assert frechet_distance_features(x, x + 2) == pytest.approx(8 * 4, rel=1e-12)
+
+
 def test_closed_forms() -> None:
     """Commuting covariances: |m1 - m2|^2 + sum (s1 - s2)^2, whatever the dimension."""
     s1, s2 = torch.linspace(0.5, 2, 7, dtype=torch.float64), torch.linspace(2, 0, 7, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Benchmarks of single parts, each writing one JSON file."""
