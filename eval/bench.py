@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -239,6 +239,10 @@ class Bench:
     def sample(self, rows: Sequence[Row], progress: Meter) -> None:
         """Makes this process's share of all images that are missing, and waits for the others."""
         world = self.state.num_processes
+
+        def advance(row: Row) -> Callable[[int], None]:
+            return lambda count: progress.advance(_steps(row) * count * world)
+
         for row in rows:
             progress.expect(_steps(row) * self.images(row).missing())
             progress.expect(self.options.n)
@@ -252,7 +256,7 @@ class Bench:
                 batch_size=self.options.batch_size,
                 rank=self.state.process_index,
                 world=world,
-                progress=lambda count, row=row: progress.advance(_steps(row) * count * world),
+                progress=advance(row),
             )
         self.state.wait_for_everyone()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ..samplers.errors import InputError
 
@@ -31,6 +32,14 @@ class Flag:
     metavar: str | None = None
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help that keeps the lines of examples. jsonargparse gives the parser of a command that of its parent."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        text: str | None = super()._get_type_str(action)
+        return re.sub(r"<class '(\w+)'>", r"\1", text) if text else text
+
+
 def options_parser(options: type, description: str, epilog: str = "") -> ArgumentParser:
     """A parser with one flag for each field of ``options``, and ``--config`` and ``--print_config``.
 
@@ -43,7 +52,7 @@ def options_parser(options: type, description: str, epilog: str = "") -> Argumen
         description=description,
         epilog=epilog,
         exit_on_error=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML or JSON file of options; flags after it win.")
     hints = typing.get_type_hints(options, include_extras=True)
@@ -77,12 +86,19 @@ def exit_status(program: str, command: Callable[[], None], interrupted: str) -> 
     try:
         command()
     except (InputError, argparse.ArgumentError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"{program}: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     return 0
+
+
+def _one_line(message: str) -> str:
+    """A message as one line; flags and types by the names that the user gave them."""
+    line = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", " ".join(message.split()))
+    line = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1;", line)
+    return re.sub(r"Expected an? typing\.Literal(\[.*?\])\.", r"expected one of \1;", line).replace("Got value:", "got")
 
 
 def call_arguments(pairs: Sequence[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def _version(name: str) -> str | None:
 
 
 def _attention() -> dict[str, bool]:
-    cuda = torch.backends.cuda
+    cuda: Any = torch.backends.cuda
     return {
         "flash": cuda.flash_sdp_enabled(),
         "memory_efficient": cuda.mem_efficient_sdp_enabled(),
@@ -71,12 +71,13 @@ def _attention() -> dict[str, bool]:
 
 def _cuda(device: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
+    cudnn: Any = torch.backends.cudnn
     return {
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": cudnn.version(),
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32_cudnn": cudnn.allow_tf32,
+        "cudnn_benchmark": cudnn.benchmark,
         "gpu_memory_bytes": properties.total_memory,
         "gpu_capability": f"{properties.major}.{properties.minor}",
         **_nvidia_smi(f"GPU-{properties.uuid}"),

@@ -58,4 +58,4 @@ def _read(path: Path, header: dict[str, str], shard: Shard, net: FeatureNet) -> 
 
 def embed(net: FeatureNet, images: Tensor) -> Tensor:
     """Features float32 (n, dim) of ``images`` uint8 (n, C, H, W), a chunk at a time."""
-    return torch.cat([net(chunk) for chunk in images.split(CHUNK)])
+    return torch.cat([net(images[first : first + CHUNK]) for first in range(0, len(images), CHUNK)])

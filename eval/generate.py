@@ -251,8 +251,14 @@ def _unseeded(pipe: Any) -> str:
 
 
 def _joined(a: Shard, b: Shard) -> Shard:
-    parts = (torch.cat(pair) for pair in ((a.images, b.images), (a.seeds, b.seeds), (a.conditions, b.conditions)))
-    return Shard(a.index, *parts, b.nfe, tuple(dict.fromkeys((*a.warnings, *b.warnings))))
+    return Shard(
+        index=a.index,
+        images=torch.cat([a.images, b.images]),
+        seeds=torch.cat([a.seeds, b.seeds]),
+        conditions=torch.cat([a.conditions, b.conditions]),
+        nfe=b.nfe,
+        warnings=tuple(dict.fromkeys((*a.warnings, *b.warnings))),
+    )
 
 
 def _write(images: ImageSet, shard: Shard) -> None:

@@ -62,7 +62,8 @@ class Sample:
     @property
     def features(self) -> Tensor:
         """Features float32 (n, dim)."""
-        return needed(self.vectors)
+        vectors: Tensor = needed(self.vectors)
+        return vectors
 
     @property
     def blocks(self) -> int:

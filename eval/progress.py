@@ -53,5 +53,5 @@ def meter(console: Console, shown: bool) -> Iterator[Meter]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not shown, speed_estimate_period=120) as bar:
+    with Progress(*columns, console=console, disable=not shown, speed_estimate_period=120, transient=True) as bar:
         yield Meter(bar, bar.add_task("start", total=None))

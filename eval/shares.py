@@ -92,7 +92,7 @@ class Clock:
 
     def _stamp(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             self._stamps.append((self._open[-1], event))
         else:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..eval.commandline import exit_status
+from ..eval.commandline import HelpFormatter, exit_status
 from .bench_command import bench_parser, run_bench_command
 from .plans_command import add_plans_actions, plans_parser, run_plans_command
 from .sample_command import run_sample_command, sample_parser
@@ -30,6 +30,7 @@ def make_parser() -> ArgumentParser:
         description="Sample diffusion models in few steps, and measure what that cost.",
         version=version(PROGRAM),
         exit_on_error=False,
+        formatter_class=HelpFormatter,
     )
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
     commands.add_subcommand("bench", bench_parser(), help="score and time plans beside diffusers' own samplers")

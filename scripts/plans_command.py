@@ -15,6 +15,8 @@ from ..samplers import Plan
 from ..samplers.errors import InputError, unknown_name
 from ..samplers.part import Slot
 
+_WHICH = "plan file, or a name that `fewstep plans ls` lists"
+
 
 @dataclass(frozen=True)
 class ShippedPlan:
@@ -34,14 +36,12 @@ def add_plans_actions(parser: ArgumentParser) -> None:
     commands = parser.add_subcommands(dest="action", metavar="ACTION", required=True)
     listing = ArgumentParser(description="List the plans that ship and the types of parts.", exit_on_error=False)
     commands.add_subcommand("ls", listing, help="plans that ship, and the types of parts")
-    for action, text in (
-        ("show", "print a plan"),
-        ("validate", "check plan files; exit status 2 when one is bad"),
-    ):
-        parser_of_action = ArgumentParser(description=text.capitalize() + ".", exit_on_error=False)
-        many = {"nargs": "+"} if action == "validate" else {}
-        parser_of_action.add_argument("plan", help="plan file, or a name that `fewstep plans ls` lists", **many)
-        commands.add_subcommand(action, parser_of_action, help=text)
+    show = ArgumentParser(description="Print a plan.", exit_on_error=False)
+    show.add_argument("plan", help=_WHICH)
+    commands.add_subcommand("show", show, help="print a plan")
+    validate = ArgumentParser(description="Check plans; the exit status is 2 when one is bad.", exit_on_error=False)
+    validate.add_argument("plan", nargs="+", help=_WHICH)
+    commands.add_subcommand("validate", validate, help="check plans; exit status 2 when one is bad")
 
 
 def run_plans_command(parsed: Namespace, command: str) -> None:

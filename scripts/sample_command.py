@@ -19,7 +19,7 @@ from ..eval.commandline import Flag, options_parser, read_options
 from ..eval.conditions import conditions_for
 from ..eval.generate import sample_images
 from ..eval.options import pipeline_arguments
-from ..samplers import Plan, Stats, attach
+from ..samplers import Plan, SpacingGrid, Stats, attach
 from ..samplers.errors import InputError
 from ..samplers.files import atomic_path
 
@@ -32,6 +32,7 @@ class SampleOptions:
         "demo:fashion-dit"
     )
     plan: Annotated[Path | None, Flag("Plan file; default: the pipeline as it is.")] = None
+    steps: Annotated[int | None, Flag("Number of steps, for a plan without a grid.")] = None
     out: Annotated[Path, Flag("PNG file to write.", "FILE")] = Path("grid.png")
     n: Annotated[int, Flag("Number of images.")] = 16
     seed: Annotated[int, Flag("Seed of the first image; image i has seed + i.")] = 0
@@ -46,9 +47,10 @@ class SampleOptions:
     download: Annotated[bool, Flag("Whether weights may be fetched from a hub.")] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("n", 1), ("seed", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}; got {getattr(self, name)}")
+        for name, least in (("n", 1), ("seed", 0), ("batch_size", 1), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name} must be at least {least}; got {value}")
         if self.out.suffix.lower() != ".png":
             raise InputError(f"--out {self.out} is not a PNG file; give a name that ends in .png")
 
@@ -61,7 +63,7 @@ def sample_parser() -> ArgumentParser:
 def run_sample_command(parsed: Namespace, command: str) -> None:
     """Samples, writes the grid, and prints what the calls did."""
     options = read_options(SampleOptions, parsed)
-    plan = Plan.load(options.plan) if options.plan else Plan()
+    plan = chosen_plan(options)
     device = options.device or str(process_state(None).device)
     pipe = load_pipeline(options.pipe, dtype=options.dtype, device=device, download=options.download)
     conditions = conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
@@ -75,6 +77,20 @@ def run_sample_command(parsed: Namespace, command: str) -> None:
     if handle.stats is not None:
         console.print(describe(handle.stats), highlight=False)
     console.print(str(options.out), highlight=False, soft_wrap=True)
+
+
+def chosen_plan(options: SampleOptions) -> Plan:
+    """The plan of the options, with ``--steps`` as its grid.
+
+    Raises:
+        InputError: when the plan has a grid of its own as well.
+    """
+    plan = Plan.load(options.plan) if options.plan else Plan()
+    if options.steps is None:
+        return plan
+    if plan.grid is not None:
+        raise InputError(f"--steps {options.steps}: {options.plan} has a grid of its own; leave --steps out")
+    return plan.model_copy(update={"grid": SpacingGrid(steps=options.steps)})
 
 
 def write_grid(images: Tensor, path: Path) -> None:
