@@ -102,7 +102,8 @@ class SigmaGrid(GridAdapter):
         alphas: Tensor = self.scheduler.alphas_cumprod.cpu()
         low = self.timesteps.floor().long()
         between = (self.process.sigma(self.timesteps) / self.process.alpha(self.timesteps)).float()
-        return torch.where(self.timesteps == low, ((1 - alphas) / alphas).sqrt()[low], between)
+        sigmas: Tensor = torch.where(self.timesteps == low, ((1 - alphas) / alphas).sqrt()[low], between)
+        return sigmas
 
     def _flow_sigmas(self) -> Tensor:
         """sigma at the listed times; 1 is kept off by 1e-6, where the log-SNR is infinite."""

@@ -1,0 +1,67 @@
+"""Renews what is generated from the code: the README's table of what works, and the schema of plans.
+
+Run it in a checkout: ``python -m fewstep.scripts.tables``. A test compares, so neither can go stale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..eval.assets import demo_names
+from ..eval.features import FEATURE_NETS
+from ..samplers import Plan
+from ..samplers.explicit import EXPLICIT
+from ..samplers.files import write_json, write_text
+from ..samplers.part import Slot
+from ..samplers.solver import scheduler_names
+from . import cli
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- what works: generated -->", "<!-- end -->"
+
+
+def works_table() -> str:
+    """The README's table of what works today, in Markdown."""
+    rows = [("Plan part", f"`{slot}`: `{name}`", summary) for slot, name, summary in _parts()]
+    schedulers = ", ".join(f"`{name}`" for name in EXPLICIT.names())
+    rows += [
+        ("Solvers", f"{len(scheduler_names())} schedulers of diffusers", "by class name, through `from_config`"),
+        ("Explicit grids", schedulers, "any list of timesteps, fractional ones too"),
+        ("Feature nets", ", ".join(f"`{name}`" for name in _feature_nets()), "by local path; the first ships"),
+        ("Demos", ", ".join(f"`{name}`" for name in demo_names()), "trained teachers that ship"),
+        ("Commands", ", ".join(f"`fewstep {name}`" for name in cli.COMMANDS), "`--help` tells"),
+    ]
+    lines = [f"| {kind} | {what} | {note} |" for kind, what, note in rows]
+    return "\n".join(["| | what | |", "|---|---|---|", *lines])
+
+
+def _parts() -> list[tuple[str, str, str]]:
+    return [
+        (field, name, (slot.registry[name].__doc__ or "").strip().split("\n")[0].rstrip("."))
+        for field, info in Plan.model_fields.items()
+        for slot in info.metadata
+        if isinstance(slot, Slot)
+        for name in slot.registry.names()
+    ]
+
+
+def _feature_nets() -> list[str]:
+    from ..eval import nets  # noqa: F401  registers them
+
+    return sorted(FEATURE_NETS.names(), key=lambda name: (name != "fashion-features", name))
+
+
+def renewed(readme: str) -> str:
+    """The text of the README with its table made anew."""
+    head, rest = readme.split(BEGIN)
+    return head + BEGIN + "\n" + works_table() + "\n" + END + rest.split(END)[1]
+
+
+def main() -> None:
+    """Writes both files of the checkout."""
+    write_text(ROOT / "README.md", renewed((ROOT / "README.md").read_text(encoding="utf-8")))
+    write_json(ROOT / "samplers" / "plan.schema.json", Plan.model_json_schema())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Everything the README shows runs, and what it lists is what there is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fewstep.eval.assets import demo_names
+from fewstep.samplers import Plan
+from fewstep.scripts import cli, tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NEEDS_THE_USER = ("PATH", "REAL", "WEIGHTS")
+"Words of a command that stand for something of the reader's; such a command is parsed and not run."
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.strip().split("\n")]
+    lines += re.findall(r"`(fewstep bench [^`]+)`", README)
+    return [line for line in lines if line.startswith("fewstep ")]
+
+
+def test_the_table_is_the_generated_one():
+    assert tables.renewed(README) == README, "run python -m fewstep.scripts.tables"
+
+
+def test_the_two_commands_are_the_ones_that_continuous_integration_runs():
+    run = (ROOT / ".ci" / "run").read_text()
+    for words in ("-m venv", 'pip" install', '-e ".[dev]"', "-m pytest", "fewstep\" bench"):
+        assert words in run
+    main, test = (line for line in "".join(blocks("bash")).split("\n") if line.startswith("python3 -m venv"))
+    assert main.endswith("install . && .venv/bin/fewstep bench")
+    assert test.endswith('install -e ".[dev]" && .venv/bin/python -m pytest')
+
+
+def test_files_that_it_names_exist():
+    for name in re.findall(r"\]\(([^)h#][^)]*)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "demo:fashion-dit" in demo_names()
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith("10.0")
+    assert Plan.load("my-five.json").nominal_steps == 5
+    for command in commands():
+        words = shlex.split(command)[1:]
+        if any(word in NEEDS_THE_USER for word in words):
+            continue
+        if words[0] == "bench":
+            words = [*words[: words.index("--n")], "--n", "16", "--timing_repeats", "1", "--steps", "2", "--out", "out"]
+        assert cli.main(words) == 0, command
+    assert (tmp_path / "grid.png").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if any(w in NEEDS_THE_USER for w in shlex.split(c))])
+def test_commands_with_the_readers_own_files_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a shoe\n")
+    Plan(name="mine").save("my-five.json")
+    cli.make_parser().parse_args(shlex.split(command)[1:])
