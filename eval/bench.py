@@ -36,7 +36,8 @@ from .record import (
     refuse_strangers,
     sampling_config,
 )
-from .report import write_csv, write_report
+from .report import write_report
+from .report_csv import write_csv
 from .score import Scorer, Scores
 from .timing import WARMUPS, Timing, measure
 from .timing_files import load_timing, save_timing, timing_conditions
@@ -105,9 +106,18 @@ def open_bench(options: BenchOptions, state: PartialState, command: str, started
         attach(pipe, row.plan).detach()
     names = {row.name for row in rows}
     refuse_strangers(options.out, bench.config(rows[0]).model_hash, bench.seeds_of_record, names)
+    make_folder(options.out)
     if state.is_main_process:
         bench.scorer.kinds()
     return bench
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of the results, or raises ``InputError`` when that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be a folder ({error.strerror}); give another one") from None
 
 
 @dataclass(frozen=True)
@@ -280,6 +290,7 @@ class Bench:
         """Hash of all that the record of a row depends on."""
         wanted = {
             "config": self.config(row).hash,
+            "pipe": self.options.pipe,
             "plan": row.plan.name,
             "role": row.role,
             "control": row.control,

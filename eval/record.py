@@ -184,7 +184,7 @@ class Worst:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One row of a bench. The fields are those of the JSON file, see docs.
+    """One row of a bench. The fields are those of the JSON file.
 
     Attributes:
         seeds: first seed, and one past the last.

@@ -16,11 +16,12 @@ from .sample_command import run_sample_command, sample_parser
 
 PROGRAM = "fewstep"
 
-_RUN: dict[str, Callable[[Namespace, str], None]] = {
+COMMANDS: dict[str, Callable[[Namespace, str], None]] = {
     "bench": run_bench_command,
     "sample": run_sample_command,
     "plans": run_plans_command,
 }
+"Every command, and what runs it with its parsed flags and the command line."
 
 
 def make_parser() -> ArgumentParser:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         parsed = make_parser().parse_args(given)
-        _RUN[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
+        COMMANDS[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
 
     return exit_status(PROGRAM, command, "stopped; the same command continues where it stopped")
 

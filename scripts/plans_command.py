@@ -109,16 +109,9 @@ def _list(console: Console) -> None:
 
 def part_types() -> dict[str, list[str]]:
     """Registered types of each part of a plan."""
-    found = {}
-    for name, field in Plan.model_fields.items():
-        slots = [item for item in _annotations(field) if isinstance(item, Slot)]
-        if slots:
-            found[name] = slots[0].registry.names()
-    return found
-
-
-def _annotations(field: object) -> list[object]:
-    """Annotations of a field of type ``Annotated[...] | None``."""
-    annotation = getattr(field, "annotation", None)
-    inner = [item for argument in getattr(annotation, "__args__", ()) for item in getattr(argument, "__metadata__", ())]
-    return [*inner, *getattr(field, "metadata", ())]
+    return {
+        name: slot.registry.names()
+        for name, field in Plan.model_fields.items()
+        for slot in field.metadata
+        if isinstance(slot, Slot)
+    }

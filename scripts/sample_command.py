@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ from ..eval.commandline import Flag, options_parser, read_options
 from ..eval.conditions import conditions_for
 from ..eval.generate import sample_images
 from ..eval.options import pipeline_arguments
-from ..samplers import Plan, SpacingGrid, Stats, attach
+from ..samplers import Plan, PlanWarning, SpacingGrid, Stats, attach
 from ..samplers.errors import InputError
 from ..samplers.files import atomic_path
 
@@ -69,7 +70,7 @@ def run_sample_command(parsed: Namespace, command: str) -> None:
     conditions = conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
     call_kwargs = pipeline_arguments(pipe, options.call_kwargs)
     console = Console()
-    with attach(pipe, plan) as handle, console.status("sampling"):
+    with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(pipe, plan) as handle:
         seeds = list(range(options.seed, options.seed + options.n))
         batches = [seeds[i : i + options.batch_size] for i in range(0, options.n, options.batch_size)]
         images = torch.cat([sample_images(pipe, conditions, batch, call_kwargs)[0] for batch in batches])

@@ -283,6 +283,13 @@ def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, chan
     assert not list((tmp_path / "out").rglob("shard-*"))
 
 
+def test_out_that_is_a_file(folders, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match=r"--out .*out cannot be a folder \(File exists\); give another one"):
+        run(folders, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_two_plans_of_one_name(folders, tmp_path):
     plan = {"fewstep_plan": 1, "name": "ddim-2", "grid": {"type": "spacing", "steps": 2}}
     (tmp_path / "a.json").write_text(json.dumps(plan))

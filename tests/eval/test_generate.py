@@ -236,3 +236,23 @@ def test_killed_process_leaves_only_whole_shards(tmp_path):
     assert 0 < images.missing() < 12
     resumed = pixels(make(tmp_path / "out", 12, batch_size=2))
     assert torch.equal(resumed, pixels(make(tmp_path / "whole", 12, batch_size=2)))
+
+
+@pytest.mark.slow
+def test_two_launched_processes_make_the_table_of_one(tmp_path):
+    """The whole bench under ``accelerate launch``, with shards spread over two processes."""
+    tiny_dit().save_pretrained(tmp_path / "dit")
+    arguments = ["--pipe", str(tmp_path / "dit"), "--class_labels", "0", "1", "--n", "300", "--steps", "2"]
+    arguments += ["--reference_steps", "3", "--device", "cpu", "--timing_repeats", "1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    for count in ("1", "2"):
+        out = ["--out", str(tmp_path / count)]
+        command = [*launcher, "--num_processes", count, "-m", "fewstep.eval", *arguments, *out]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    shards = sorted((tmp_path / "1").rglob("shards/*/*.safetensors"))
+    assert len(shards) == 5 * 3
+    for shard in shards:
+        tensors, header = read_tensors(shard)
+        others, other_header = read_tensors(tmp_path / "2" / shard.relative_to(tmp_path / "1"))
+        assert header == other_header
+        assert all(torch.equal(value, others[key]) for key, value in tensors.items())

@@ -174,3 +174,16 @@ def test_environment_names_versions_and_device_but_no_path():
     assert env["device"] == env["cpu"]
     assert "/" not in str(env["device"])
     assert set(env) >= {"platform", "python", "torch_threads", "matmul_precision", "attention", "revision"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_shares_and_memory_on_cuda():
+    pipe = tiny_dit().to("cuda")
+    with attach(pipe, plan(4)):
+        timing = measure(pipe, LABELS, {}, first_seed=0, batch_size=16, repeats=5)
+    assert timing.shares_s.adds_up
+    assert timing.peak_kind == "cuda_allocated"
+    assert timing.peak_bytes >= timing.weights_bytes
+    assert timing.flops == measured(4).flops
+    assert environment("cuda")["device"] == torch.cuda.get_device_name()
