@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.errors import InputError
+from ..samplers.fingerprint import fingerprint
 from .jackknife import Estimate, mean_estimate
 from .nets.transformers_nets import embedding, load_local
 from .quantise import as_rgb
@@ -32,6 +33,11 @@ class ClipScore:
     model: Any
     tokenizer: Any
     image_processor: Any
+
+    @property
+    def fingerprint(self) -> str:
+        """Which weights judge."""
+        return fingerprint(self.model)
 
     @classmethod
     def from_folder(cls, path: Path | str, device: str | torch.device = "cpu") -> ClipScore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,8 @@ class Lpips:
     ``save_file(torchvision.models.alexnet(weights="DEFAULT").state_dict(), "alexnet.safetensors")``;
     nothing is downloaded here.
 
+    ``fingerprint`` is the sha256 of that file.
+
     Args:
         path: safetensors file of the backbone.
         net: which backbone it is: ``alex`` (AlexNet), ``vgg`` (VGG16) or ``squeeze`` (SqueezeNet 1.1).
@@ -87,6 +90,7 @@ class Lpips:
                 f"{net} network, or leave lpips out"
             )
         tensors, _ = read_tensors(Path(path))
+        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self._net: nn.Module = _LPIPS(pretrained=True, net=net, pnet_rand=True)
         backbone: Any = self._net.net
         # torchmetrics cuts torchvision's `features` into slices and keeps the numbers of the layers.

@@ -62,9 +62,7 @@ def _from_shard(path: Path, wanted: set[int], config_hash: str) -> dict[int, Pic
         with safetensors.safe_open(path, "np") as shard:
             stated = (shard.metadata() or {}).get("config_hash", config_hash)
             if stated != config_hash:
-                raise InputError(
-                    f"{path} is of configuration {stated[:16]!r}, not {config_hash[:16]!r}; {mend}"
-                )
+                raise InputError(f"{path} is of configuration {stated[:16]!r}, not {config_hash[:16]!r}; {mend}")
             seeds: list[int] = shard.get_tensor("seeds").tolist()
             rows = [(row, seed) for row, seed in enumerate(seeds) if seed in wanted]
             labels = shard.get_tensor("conditions").tolist() if "conditions" in shard.keys() else []  # noqa: SIM118

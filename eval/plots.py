@@ -173,9 +173,7 @@ def pareto_svg(plot: ParetoPlot, width_px: int, height_px: int, title: str, pref
         _draw_points(axes, plot)
         _draw_labels(figure, axes, plot, _draw_levels(axes, plot))
         stream = io.StringIO()
-        figure.savefig(
-            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _for_the_page(stream.getvalue(), title, prefix)
 
 
@@ -285,13 +283,9 @@ def _draw_labels(figure: Figure, axes: Axes, plot: ParetoPlot, written: Sequence
         near_y = min(max(anchor[1], box.y), box.y + box.height)
         if math.hypot(near_x - anchor[0], near_y - anchor[1]) > MARKER_PX + 4:
             figure.add_artist(
-                mpl.lines.Line2D(
-                    [anchor[0], near_x], [anchor[1], near_y], color=GREY, linewidth=0.6, transform=None
-                )
+                mpl.lines.Line2D([anchor[0], near_x], [anchor[1], near_y], color=GREY, linewidth=0.6, transform=None)
             )
-        figure.text(
-            x, y, text.get_text(), fontsize=FONT_PX - 1, color=FG, ha="center", va="center", transform=None
-        )
+        figure.text(x, y, text.get_text(), fontsize=FONT_PX - 1, color=FG, ha="center", va="center", transform=None)
 
 
 def _bar(axes: Axes, point: Point) -> Box:
@@ -314,9 +308,7 @@ def _for_the_page(svg: str, title: str, prefix: str) -> str:
     svg = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="[^"]+"', svg)
     head = f'<svg class="plot" {box.group() if box else ""} role="img" aria-label="{escape(title)}"'
-    body = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index(">") + 1 :], flags=re.DOTALL
-    )
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index(">") + 1 :], flags=re.DOTALL)
     swaps: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         (r'\bid="', f'id="{prefix}-'),
         (r'href="#', f'href="#{prefix}-'),

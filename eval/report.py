@@ -120,9 +120,7 @@ def write_report(out: Path) -> Path:
     )
     seeds = range(bench.runs[0].seeds[0], bench.runs[0].seeds[0] + GRID_SEEDS)
     pictures = {run.name: _pictures(out, bench, run, seeds) for run in bench.runs}
-    shown = {
-        seed: [pictures[run.name][seed] for run in bench.runs if seed in pictures[run.name]] for seed in seeds
-    }
+    shown = {seed: [pictures[run.name][seed] for run in bench.runs if seed in pictures[run.name]] for seed in seeds}
     worst = [run for run in bench.runs if run.worst and bench.reference]
     widest = max((picture.width for column in pictures.values() for picture in column.values()), default=0)
     zoom = 1 if widest > CRISP_SIDE else 2 if len(bench.runs) > 8 else 3
@@ -356,7 +354,5 @@ def _warnings(bench: Bench) -> list[tuple[str, list[str]]]:
     else:
         strangers = [run.name for run in bench.runs if run.paired and run.paired.against != reference.name]
         if strangers:
-            found[f"Paired with another row than {reference.name}; their differences are left out."] = (
-                strangers
-            )
+            found[f"Paired with another row than {reference.name}; their differences are left out."] = strangers
     return list(found.items())

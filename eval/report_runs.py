@@ -216,9 +216,7 @@ def load_bench(out: Path) -> Bench:
     names = Counter(run.name for run in runs)
     repeated = [path.name for path, run in zip(paths, runs, strict=True) if names[run.name] > 1]
     if repeated:
-        raise InputError(
-            f"{out / 'runs'}: {', '.join(repeated)} hold the same name; delete or rename all but one"
-        )
+        raise InputError(f"{out / 'runs'}: {', '.join(repeated)} hold the same name; delete or rename all but one")
     _refuse_strangers(out, runs)
     references = [run for run in runs if run.role == "reference"]
     if len(references) > 1:

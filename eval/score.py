@@ -111,8 +111,8 @@ class Scorer:
             "version": SCORING_VERSION,
             "net": self.net.fingerprint if self.net else None,
             "real": self.real.key if self.real else None,
-            "clip": self.clip is not None,
-            "lpips": self.lpips is not None,
+            "clip": self.clip.fingerprint if self.clip else None,
+            "lpips": self.lpips.fingerprint if self.lpips else None,
             "wanted": sorted(self.wanted),
         }
 

@@ -179,9 +179,7 @@ def _about_budgets(metric: str, scored: list[Run]) -> list[Markup]:
     for run in scored:
         groups[round(run.nfe)].append(run)
     shared = sorted(
-        (budget, sorted(rows, key=lambda run: badness(run, metric)))
-        for budget, rows in groups.items()
-        if len(rows) > 1
+        (budget, sorted(rows, key=lambda run: badness(run, metric))) for budget, rows in groups.items() if len(rows) > 1
     )
     return [_about_budget(metric, budget, rows[0], rows[1]) for budget, rows in shared[:MAX_GROUPS]]
 

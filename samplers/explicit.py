@@ -107,7 +107,8 @@ class SigmaGrid(GridAdapter):
 
     def _flow_sigmas(self) -> Tensor:
         """sigma at the listed times; 1 is kept off by 1e-6, where the log-SNR is infinite."""
-        return (self.timesteps / self.scheduler.config.num_train_timesteps).clamp(max=1 - 1e-6).float()
+        sigmas: Tensor = self.timesteps / self.scheduler.config.num_train_timesteps
+        return sigmas.clamp(max=1 - 1e-6).float()
 
 
 @EXPLICIT.register("FlowMatchEulerDiscreteScheduler")

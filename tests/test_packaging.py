@@ -22,7 +22,9 @@ def tracked() -> list[Path]:
 def test_every_subpackage_is_listed():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
-        "fewstep." + ".".join(init.parent.relative_to(ROOT).parts) for top in ROOMS for init in (ROOT / top).rglob("__init__.py")
+        "fewstep." + ".".join(init.parent.relative_to(ROOT).parts)
+        for top in ROOMS
+        for init in (ROOT / top).rglob("__init__.py")
     }
     assert set(config["packages"]) == found
 

@@ -32,7 +32,7 @@ def test_the_table_is_the_generated_one():
 
 def test_the_two_commands_are_the_ones_that_continuous_integration_runs():
     run = (ROOT / ".ci" / "run").read_text()
-    for words in ("-m venv", 'pip" install', '-e ".[dev]"', "-m pytest", "fewstep\" bench"):
+    for words in ("-m venv", 'pip" install', '-e ".[dev]"', "-m pytest", 'fewstep" bench'):
         assert words in run
     main, test = (line for line in "".join(blocks("bash")).split("\n") if line.startswith("python3 -m venv"))
     assert main.endswith("install . && .venv/bin/fewstep bench")

@@ -12,6 +12,20 @@ from torch import Tensor
 DEFAULT_DATA = Path("/usr/share/datasets/fashion-mnist")
 "Where Debian's package ``dataset-fashion-mnist`` puts its files."
 
+CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+"Names of the labels 0 to 9."
+
 _PREFIX = {"train": "train", "test": "t10k"}
 
 

@@ -28,7 +28,7 @@ REAL_SAMPLES = 5_000
 CARD = """# fashion-features
 
 A residual classifier of 32x32 grey images ({parameters:,} parameters); its {dim} pooled features judge the demo's
-teachers (`fd_fashion`, `kd_fashion`, precision, recall, density, coverage, class accuracy). Never call a score of it FID.
+teachers (`fd_fashion`, `kd_fashion`, precision, recall, density, coverage, class accuracy); no score of it is an FID.
 
 * Data: the 60,000 training images of Fashion-MNIST (Xiao et al., arXiv:1708.07747; MIT licence), zero-padded to 32x32,
   with random mirroring and shifts of up to two pixels.
@@ -44,11 +44,11 @@ teachers (`fd_fashion`, `kd_fashion`, precision, recall, density, coverage, clas
 
 
 def scale_features(net: FashionNet, scale: float) -> None:
-    """Multiplies the features by ``scale`` and leaves the logits: the last stage ends in a ReLU, which is homogeneous."""
+    """Multiplies the features by ``scale`` and leaves the logits: the ReLU at the end is homogeneous."""
     with torch.no_grad():
         for norm in (net.stage3.body[-1], net.stage3.shortcut[-1]):
-            norm.weight.mul_(scale)  # type: ignore[operator, union-attr]
-            norm.bias.mul_(scale)  # type: ignore[operator, union-attr]
+            norm.weight.mul_(scale)  # type: ignore[operator]
+            norm.bias.mul_(scale)  # type: ignore[operator]
         net.head.weight.div_(scale)
 
 

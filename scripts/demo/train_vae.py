@@ -111,19 +111,53 @@ def train_vae(
     return vae, record
 
 
+def refine_decoder(vae: AutoencoderKL, work: Path, perceptual: Path, data: Path, steps: int, seed: int) -> float:
+    """Trains the decoder further and leaves the latents as they are; returns the time in seconds.
+
+    The teacher's latents do not change, so this can run while, or after, the transformer learns them.
+    """
+    images, _ = load_fashion("train", data)
+    net = load_perceptual(perceptual)
+    for frozen in (vae.encoder, vae.quant_conv):
+        frozen.requires_grad_(False)
+
+    def loss_function(generator: Generator) -> dict[str, Tensor]:
+        index = torch.randint(len(images), (BATCH,), generator=generator)
+        x = to_float(images[index])
+        with torch.no_grad():
+            posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        return {"l1": (x - y).abs().mean()} | perceptual_terms(net, x, y)
+
+    recipe = Recipe(steps=steps, lr=1e-3, ema=0.995, seed=seed, bf16=True, save_every=200)
+    return train(vae, loss_function, recipe, work)["train_s"]
+
+
 def main() -> None:
-    """Trains the autoencoder into ``--work`` and saves it as ``--work``/vae."""
+    """Trains the autoencoder into ``--work`` and saves it as ``--work``/vae.
+
+    With ``--decoder_steps`` it then refines the decoder and saves the result as ``--work``/vae-refined.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
     parser.add_argument("--perceptual", type=Path, required=True, help="run of train_features with another seed")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder_steps", type=int, default=0, help="further steps of the decoder alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    vae, record = train_vae(options.work, options.perceptual, options.data, options.steps, options.seed)
-    vae.save_pretrained(options.work / "vae")
-    print(record)  # noqa: T201
+    if not (options.work / "vae").is_dir():
+        vae, record = train_vae(options.work, options.perceptual, options.data, options.steps, options.seed)
+        vae.save_pretrained(options.work / "vae")
+        print(record)  # noqa: T201
+    if options.decoder_steps:
+        vae = AutoencoderKL.from_pretrained(options.work / "vae")
+        folder = options.work / "decoder"
+        train_s = refine_decoder(vae, folder, options.perceptual, options.data, options.decoder_steps, options.seed + 1)
+        vae.save_pretrained(options.work / "vae-refined")
+        print({"decoder_steps": options.decoder_steps, "train_s": train_s})  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
@@ -164,6 +165,12 @@ def _save(
     temporary.replace(folder / "state.safetensors")
 
 
+def read_header(folder: Path) -> dict[str, str]:
+    """What a run's state says of itself: ``step``, ``train_s`` and ``recipe`` (JSON)."""
+    with safe_open(folder / "state.safetensors", "pt") as stream:
+        return dict(stream.metadata())
+
+
 def _resume(
     folder: Path,
     recipe: Recipe,
@@ -174,10 +181,7 @@ def _resume(
     path = folder / "state.safetensors"
     if not path.is_file():
         return 0, 0.0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as stream:
-        header = stream.metadata()
+    header = read_header(folder)
     if json.loads(header["recipe"]) != asdict(recipe):
         raise ValueError(f"{folder} holds a run of another recipe ({header['recipe']}); give another --work folder")
     tensors = load_file(path)

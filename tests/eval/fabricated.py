@@ -139,8 +139,7 @@ def fabricate_run(name: str, role: str, steps: int, damage: float, n: int = 10_0
     metrics["psnr"] = metric(24 - 2 * np.log1p(excess), 4, True, **paired)
     metrics["ssim"] = metric(0.9 / (1 + 0.1 * excess), 0.1, True, **paired)
     run["worst"] = [
-        {"seed": int(seed), "feature_distance": 9.0 - 0.3 * k}
-        for k, seed in enumerate(rng.choice(64, 8, False))
+        {"seed": int(seed), "feature_distance": 9.0 - 0.3 * k} for k, seed in enumerate(rng.choice(64, 8, False))
     ]
     return run
 

@@ -382,9 +382,7 @@ def test_control_is_the_best_row_of_equal_latency(tmp_path):
     fabricate(tmp_path, images=0)
     bench = load_bench(tmp_path)
     for pair in controls(bench):
-        rows = [
-            r for r in bench.runs if r.role != "plan" and r.latency.median <= 1.05 * pair.plan.latency.median
-        ]
+        rows = [r for r in bench.runs if r.role != "plan" and r.latency.median <= 1.05 * pair.plan.latency.median]
         best = min(r.metrics["fd_fashion"].value for r in rows)
         assert pair.control.metrics["fd_fashion"].value == best
     change(tmp_path, "timeshift-5", control="unipc-10")  # slower, but named by the bench
@@ -403,8 +401,7 @@ def test_front_is_the_set_of_undominated_points(higher):
 
         def dominated(p, points=points, sign=sign):
             return any(
-                q.x <= p.x and sign * q.y <= sign * p.y and (q.x < p.x or sign * q.y < sign * p.y)
-                for q in points
+                q.x <= p.x and sign * q.y <= sign * p.y and (q.x < p.x or sign * q.y < sign * p.y) for q in points
             )
 
         front = pareto_front(points, higher)
