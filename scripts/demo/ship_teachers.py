@@ -41,7 +41,8 @@ pipe = {pipeline}.from_pretrained("eval/demo/{name}")
 
 {data}
 * Training: {steps} steps of {batch}, AdamW, cosine decay from {lr}, velocity prediction, averaged weights
-  (decay {ema}), {minutes:.0f} minutes on one CPU core shared with other work: `python -m fewstep.scripts.demo.{script}`.{note}
+  (decay {ema}), {minutes:.0f} minutes on one CPU core shared with other work:
+  `python -m fewstep.scripts.demo.{script}`.{note}
 * Weights in half precision, computed in float32. Licence: Apache-2.0.
 
 {scores}
