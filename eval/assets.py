@@ -87,7 +87,7 @@ def load_pipeline(
     hub = download and not is_demo(spec) and not Path(spec).is_dir()
     source = spec if hub else str(resolve_pipe(spec))
     try:
-        with _quiet():
+        with _quiet(is_demo(spec)):
             pipe = DiffusionPipeline.from_pretrained(
                 source, dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=not hub
             )
@@ -111,13 +111,19 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading bars off, and back to what they were."""
-    enabled = diffusers_logging.is_progress_bar_enabled()
+def _quiet(known: bool) -> Iterator[None]:
+    """Loading bars off, and back to what they were; for a ``known`` pipeline the warnings of diffusers too.
+
+    Diffusers warns of the type of ``id2label`` in every DiT: JSON has no integer keys.
+    """
+    enabled, verbosity = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
+    if known:
+        diffusers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        diffusers_logging.set_verbosity(verbosity)
         if enabled:
             diffusers_logging.enable_progress_bar()
 

@@ -107,6 +107,8 @@ def main() -> None:
         pipe.vae = AutoencoderKL.from_pretrained(options.vae)
     pipe.to(torch.float16)
     pipe.save_pretrained(folder)
+    for path in folder.rglob("*.json"):
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
     if options.name == "fashion-dit":  # the pipeline reads the names of its labels here, and does not write them
         index = read_json(folder / "model_index.json")
         write_json(folder / "model_index.json", index | {"id2label": {str(i): c for i, c in enumerate(CLASSES)}})

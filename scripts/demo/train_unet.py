@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--time_power", type=float, default=1.0, help="above 1: train more on the cleaner times")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -47,7 +48,8 @@ def main() -> None:
     def loss_function(generator: Generator) -> dict[str, Tensor]:
         index = torch.randint(len(images), (BATCH,), generator=generator)
         x0 = to_float(images[index])
-        return {"v": velocity_loss(scheduler, lambda x, t: unet(x, t).sample, x0, generator)}
+        loss = velocity_loss(scheduler, lambda x, t: unet(x, t).sample, x0, generator, options.time_power)
+        return {"v": loss}
 
     recipe = Recipe(steps=options.steps, lr=1.2e-3, ema=0.9985, seed=options.seed, bf16=True, save_every=400)
     record = train(unet, loss_function, recipe, options.work)
