@@ -33,7 +33,7 @@ def velocity_loss(
         network: predicts the velocity.
         x0: clean samples, float32 (B, C, H, W).
         generator: the step's generator.
-        time_power: times are 1000 u^power of uniform u; above 1 the cleaner times, which make the texture, come oftener.
+        time_power: times are 1000 u^power of uniform u; above 1 the cleaner ones, which make the texture, come oftener.
     """
     size = len(x0)
     uniform = (torch.arange(size) + torch.rand(size, generator=generator)) / size
