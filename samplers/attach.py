@@ -20,7 +20,6 @@ from torch import nn
 
 from .errors import InputError
 from .explicit import grid_adapter
-from .fingerprint import fingerprint
 from .part import Run
 from .plan import Plan
 from .stats import Counter, Stats, count_images
@@ -107,7 +106,7 @@ class Attachment:
         for part in plan.parts:
             part.prepare(run, known)
         if plan.tuned_for is not None:
-            plan.tuned_for.check(run, fingerprint(next(iter(self._denoisers.values()))))
+            plan.tuned_for.check(run, next(iter(self._denoisers.values())))
         return run
 
     def _wrap(self, run: Run) -> SchedulerState:

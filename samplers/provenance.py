@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import Field
+from torch import nn
 
+from .fingerprint import fingerprint
 from .part import Record, Run
 
 
@@ -18,14 +20,14 @@ class TunedFor(Record):
     width: int | None = Field(default=None, ge=1, description="Pixels.")
     steps: int | None = Field(default=None, ge=1, description="Number of steps.")
 
-    def check(self, run: Run, fingerprint: str) -> None:
+    def check(self, run: Run, denoiser: nn.Module) -> None:
         """Adds a warning to ``run`` for everything that differs from the pipeline the plan was tuned for."""
         name: Any = type(run.pipe).__name__
         if self.pipeline is not None and self.pipeline != name:
             run.warnings.append(f"the plan was tuned for {self.pipeline}, not for {name}")
-        if self.fingerprint is not None and self.fingerprint != fingerprint:
+        if self.fingerprint is not None and self.fingerprint != (here := fingerprint(denoiser)):
             run.warnings.append(
-                f"the plan was tuned for other weights (fingerprint {self.fingerprint[:12]}, here {fingerprint[:12]}); "
+                f"the plan was tuned for other weights (fingerprint {self.fingerprint[:12]}, here {here[:12]}); "
                 "measure it again before you rely on its evidence"
             )
 

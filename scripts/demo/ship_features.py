@@ -18,8 +18,8 @@ from fewstep.eval.features import FeatureNet, FeatureStats, load_feature_net
 from fewstep.eval.nets.fashion import FashionNet
 from fewstep.samplers.files import write_json, write_tensors, write_text
 from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion
-from fewstep.scripts.demo.train_features import accuracy
-from fewstep.scripts.demo.train_vae import load_perceptual
+from fewstep.scripts.demo.train_features import accuracy, load_classifier
+from fewstep.scripts.demo.trainer import read_header
 
 FLOOR = 0.16
 REAL_SAMPLES = 5_000
@@ -69,13 +69,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="run of train_features")
     parser.add_argument("--out", type=Path, required=True, help="such as eval/demo/fashion-features")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--steps", type=int, required=True, help="steps of the run, for the card")
-    parser.add_argument("--minutes", type=float, required=True, help="time of the run, for the card")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train_images, _ = load_fashion("train", options.data)
     test_images, test_labels = load_fashion("test", options.data)
-    module = load_perceptual(options.work)
+    module = load_classifier(options.work)
     scale = 1.0
     while True:  # once to measure the floor, once more with the features scaled
         save_net(module, options.out)
@@ -92,11 +90,12 @@ def main() -> None:
     test.save(options.out / "test.safetensors")
     stride = len(train) // REAL_SAMPLES
     write_tensors(options.out / "real.safetensors", {"features": train[::stride]}, {"fingerprint": net.fingerprint})
+    header = read_header(options.work)
     card = CARD.format(
         parameters=sum(p.numel() for p in module.parameters()),
         dim=net.dim,
-        steps=options.steps,
-        minutes=options.minutes,
+        steps=header["step"],
+        minutes=float(header["train_s"]) / 60,
         accuracy=accuracy(module, test_images, test_labels),
         floor=floor,
         scale=scale,

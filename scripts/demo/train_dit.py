@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from torch import Generator, Tensor
 
-from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion
+from fewstep.scripts.demo.data import load_fashion
 from fewstep.scripts.demo.teacher import teacher_scheduler, velocity_loss
 from fewstep.scripts.demo.train_vae import LATENT_CHANNELS, encode_moments
-from fewstep.scripts.demo.trainer import Recipe, train
+from fewstep.scripts.demo.trainer import Recipe, train, training_parser
 
 BATCH = 128
 NULL_CLASS = 1000
@@ -53,12 +52,8 @@ def blank_unused_labels(transformer: DiTTransformer2DModel, classes: int) -> Non
 
 def main() -> None:
     """Trains the DiT into ``--work`` and saves the pipeline as ``--work``/pipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
+    parser = training_parser(__doc__, steps=8000)
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae saved")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     images, labels = load_fashion("train", options.data)

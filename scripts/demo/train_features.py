@@ -6,15 +6,15 @@ features it is scored with would score better than it looks.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from fewstep.eval.nets.fashion import FashionNet
-from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion, to_float
-from fewstep.scripts.demo.trainer import Recipe, train
+from fewstep.scripts.demo.data import load_fashion, to_float
+from fewstep.scripts.demo.trainer import Recipe, train, training_parser
 
 BATCH = 128
 
@@ -35,17 +35,25 @@ def accuracy(net: FashionNet, images: Tensor, labels: Tensor) -> float:
     return (torch.cat(answers) == labels).float().mean().item()
 
 
+def load_classifier(folder: Path) -> FashionNet:
+    """The averaged weights of a run, frozen."""
+    net = FashionNet((16, 64, 128))
+    tensors = load_file(folder / "state.safetensors")
+    net.load_state_dict({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+    return net.eval().requires_grad_(False)
+
+
 def train_classifier(folder: Path, data: Path, steps: int, seed: int) -> tuple[FashionNet, dict[str, float]]:
     """Trains one classifier, or resumes it from ``folder``; returns it with its test accuracy and time."""
     images, labels = load_fashion("train", data)
     torch.manual_seed(seed)
     net = FashionNet((16, 64, 128))
-    live = net.to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)
 
     def loss_function(generator: Generator) -> dict[str, Tensor]:
         index = torch.randint(len(images), (BATCH,), generator=generator)
         x = to_float(augment(images[index], generator))
-        logits = live(x.to(memory_format=torch.channels_last))[1]
+        logits = net(x.to(memory_format=torch.channels_last))[1]
         return {"ce": nn.functional.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)}
 
     recipe = Recipe(steps=steps, lr=3e-3, weight_decay=0.02, ema=0.995, seed=seed, bf16=True)
@@ -55,11 +63,7 @@ def train_classifier(folder: Path, data: Path, steps: int, seed: int) -> tuple[F
 
 def main() -> None:
     """Trains one classifier into ``--work``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_parser(__doc__, steps=3000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(train_classifier(options.work, options.data, options.steps, options.seed)[1])  # noqa: T201

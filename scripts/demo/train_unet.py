@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from torch import Generator, Tensor
 
-from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion, to_float
+from fewstep.scripts.demo.data import load_fashion, to_float
 from fewstep.scripts.demo.teacher import teacher_scheduler, velocity_loss
-from fewstep.scripts.demo.trainer import Recipe, train
+from fewstep.scripts.demo.trainer import Recipe, train, training_parser
 
 BATCH = 64
 
@@ -33,11 +30,7 @@ def new_unet() -> UNet2DModel:
 
 def main() -> None:
     """Trains the U-Net into ``--work`` and saves the pipeline as ``--work``/pipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--steps", type=int, default=5600)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_parser(__doc__, steps=5600)
     parser.add_argument("--time_power", type=float, default=1.0, help="above 1: train more on the cleaner times")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,17 +7,16 @@ unit variance by folding the affine map into ``quant_conv`` and ``post_quant_con
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from fewstep.eval.nets.fashion import FashionNet
-from fewstep.scripts.demo.data import DEFAULT_DATA, load_fashion, to_float
-from fewstep.scripts.demo.trainer import Recipe, train
+from fewstep.scripts.demo.data import load_fashion, to_float
+from fewstep.scripts.demo.train_features import load_classifier
+from fewstep.scripts.demo.trainer import Recipe, train, training_parser
 
 BATCH = 64
 LATENT_CHANNELS = 8
@@ -41,14 +40,6 @@ def new_vae() -> AutoencoderKL:
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
-
-
-def load_perceptual(folder: Path) -> FashionNet:
-    """The averaged weights of a run of ``train_features``, frozen."""
-    net = FashionNet((16, 64, 128))
-    tensors = load_file(folder / "state.safetensors")
-    net.load_state_dict({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
-    return net.eval().requires_grad_(False)
 
 
 def perceptual_terms(net: FashionNet, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -92,7 +83,7 @@ def train_vae(
 ) -> tuple[AutoencoderKL, dict[str, float]]:
     """Trains the autoencoder, or resumes it from ``work``."""
     images, _ = load_fashion("train", data)
-    net = load_perceptual(perceptual)
+    net = load_classifier(perceptual)
     torch.manual_seed(seed)
     vae = new_vae()
 
@@ -117,7 +108,7 @@ def refine_decoder(vae: AutoencoderKL, work: Path, perceptual: Path, data: Path,
     The teacher's latents do not change, so this can run while, or after, the transformer learns them.
     """
     images, _ = load_fashion("train", data)
-    net = load_perceptual(perceptual)
+    net = load_classifier(perceptual)
     for frozen in (vae.encoder, vae.quant_conv):
         frozen.requires_grad_(False)
 
@@ -139,12 +130,8 @@ def main() -> None:
 
     With ``--decoder_steps`` it then refines the decoder and saves the result as ``--work``/vae-refined.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
+    parser = training_parser(__doc__, steps=2600)
     parser.add_argument("--perceptual", type=Path, required=True, help="run of train_features with another seed")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder_steps", type=int, default=0, help="further steps of the decoder alone")
     options = parser.parse_args()
     torch.set_num_threads(1)

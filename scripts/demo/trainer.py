@@ -6,6 +6,7 @@ resumed takes the same steps as one that was not.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -19,6 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
+
+from fewstep.scripts.demo.data import DEFAULT_DATA
+
+
+def training_parser(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """The flags that every training script has: ``--work``, ``--data``, ``--steps`` and ``--seed``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
 
 LossFunction = Callable[[Generator], dict[str, Tensor]]
 """From the step's generator to named loss terms; their sum is minimised."""
