@@ -1,8 +1,8 @@
 """Running a plan on a stock diffusers pipeline, and taking it off without a trace.
 
 Everything that can fail is prepared on objects of our own before the pipeline is touched. Then the pipeline gets
-the prepared scheduler and a subclass of its own class whose ``__call__`` bounds each call: counters start there, and
-hooks on the denoiser live only there, also when the call raises.
+the prepared scheduler and a subclass of its own class whose ``__call__`` bounds each call: counters and hooks start
+there, and the denoiser is listened to only there, also when the call raises.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
+from .call import Call
 from .errors import InputError
 from .explicit import grid_adapter
+from .network import listening
 from .part import Run
 from .plan import Plan
 from .stats import Counter, Stats, count_images
 from .wrapped import SchedulerState, wrap_scheduler
-
-_RUNNING: ContextVar[Counter | None] = ContextVar("fewstep_running_call", default=None)
-"The count of the call that runs in this thread, so that pipelines that share a network do not see each other."
 
 
 class PlanWarning(UserWarning):
@@ -50,12 +49,13 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
-def attach(pipe: Any, plan: Plan) -> Attachment:
+def attach(pipe: Any, plan: Plan, resources: Mapping[str, Any] | None = None) -> Attachment:
     """Makes ``pipe`` sample by ``plan`` until the returned handle is detached.
 
     Args:
         pipe: a diffusers pipeline with a scheduler and a U-Net or transformer.
         plan: what to run; an empty plan runs the pipeline as it is, and counts.
+        resources: objects that parts of the plan ask for by name, such as a second network.
 
     Returns:
         A handle that is also a context manager: on exit the pipeline is exactly what it was.
@@ -71,7 +71,7 @@ def attach(pipe: Any, plan: Plan) -> Attachment:
         )
     if not hasattr(pipe, "scheduler") or not hasattr(pipe, "components"):
         raise InputError(f"attach takes a diffusers pipeline with a scheduler; got {type(pipe).__name__}")
-    return Attachment(pipe, plan)
+    return Attachment(pipe, plan, resources or {})
 
 
 class Attachment:
@@ -83,25 +83,24 @@ class Attachment:
         warnings: what the user should know about this plan on this pipeline.
     """
 
-    def __init__(self, pipe: Any, plan: Plan) -> None:
+    def __init__(self, pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> None:
         self.plan = plan
         self.stats: Stats | None = None
         self._pipe: Any = pipe
         self._denoisers = denoisers(pipe)
-        self._counter: Counter | None = None
         self._class = type(pipe)
         self._signature = inspect.signature(self._class.__call__)
-        run = self._prepare(pipe, plan)
-        self.warnings = tuple(run.warnings)
-        self._arguments = run.call_arguments
-        self._scheduler = run.scheduler
-        self._state = self._wrap(run)
+        self._run = self._prepare(pipe, plan, resources)
+        self.warnings = tuple(self._run.warnings)
+        self._scheduler = self._run.scheduler
+        self._process = self._run.process if self._run.hooks else None
+        self._state = self._wrap(self._run)
         self._apply()
         for sentence in self.warnings:
             warnings.warn(sentence, PlanWarning, stacklevel=3)
 
-    def _prepare(self, pipe: Any, plan: Plan) -> Run:
-        run = Run(pipe, copy.deepcopy(pipe.scheduler))
+    def _prepare(self, pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> Run:
+        run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=resources, folder=plan.folder)
         known = frozenset(self._signature.parameters)
         for part in plan.parts:
             part.prepare(run, known)
@@ -111,7 +110,7 @@ class Attachment:
 
     def _wrap(self, run: Run) -> SchedulerState:
         grid = None if run.timesteps is None else grid_adapter(run.scheduler, run.timesteps)
-        state = wrap_scheduler(run.scheduler, grid, self._on_step)
+        state = wrap_scheduler(run.scheduler, grid)
         if grid is not None:
             run.scheduler.set_timesteps(len(grid.timesteps))
         return state
@@ -159,46 +158,70 @@ class Attachment:
             if pipe.scheduler is not self._scheduler:
                 raise InputError("the scheduler was replaced while a plan is attached; detach the plan first")
             bound = self._signature.bind_partial(pipe, *args, **kwargs)
-            return self._counted(pipe, args, kwargs | self._merged(bound.arguments))
+            kwargs |= self._merged(bound.arguments)
+            counter = Counter()
+            output, images = None, 0
+            try:
+                if self._run.arounds:
+                    arguments = self._signature.bind_partial(pipe, *args, **kwargs).arguments
+                    arguments.pop(next(iter(arguments)))
+                    output = _Sampling(self, counter).run(arguments | arguments.pop("kwargs", {}))
+                else:
+                    output = self.sample(args, kwargs, counter)
+                images = count_images(output)
+                return output
+            finally:
+                self.stats = counter.stats(images, output is not None, self.warnings)
 
         return call
 
     def _merged(self, given: dict[str, Any]) -> dict[str, Any]:
         """The plan's arguments of the call, unless the caller contradicts one of them."""
-        for name, value in self._arguments.items():
+        for name, value in self._run.call_arguments.items():
             if name in given and given[name] != value:
                 raise InputError(
                     f"the plan sets {name}={value!r}; got {name}={given[name]!r} in the call; leave it out of the call"
                 )
-        if "num_inference_steps" in self._arguments:
+        if "num_inference_steps" in self._run.call_arguments:
             for name in ("timesteps", "sigmas"):
                 if given.get(name) is not None:
                     raise InputError(f"the plan has a grid; got {name} in the call as well; leave one of them out")
-        return {name: value for name, value in self._arguments.items() if name not in given}
+        return {name: value for name, value in self._run.call_arguments.items() if name not in given}
 
-    def _counted(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        counter = self._counter = Counter()
-        self._state.reset()
-        token = _RUNNING.set(counter)
-        hooks = [
-            net.register_forward_pre_hook(self._on_evaluation, with_kwargs=True) for net in self._denoisers.values()
-        ]
-        images, finished = 0, False
+    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any], counter: Counter) -> Any:
+        """One call of the pipeline's own ``__call__``, listened to and counted.
+
+        Args:
+            args: positional arguments.
+            kwargs: the others, those of the plan among them.
+            counter: what to count on.
+
+        Returns:
+            The pipeline's output.
+        """
+        hooks = tuple(make() for make in self._run.hooks)
+        call = Call(self._denoisers, self._scheduler, hooks, self._process, counter)
+        self._state.begin(call)
         try:
-            output = self._class.__call__(pipe, *args, **kwargs)
-            images, finished = count_images(output), True
-            return output
+            with listening(self._denoisers.values(), call):
+                return self._class.__call__(self._pipe, *args, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
-            _RUNNING.reset(token)
-            self.stats = counter.stats(images, finished, self.warnings)
+            self._state.begin(None)
 
-    def _on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        counter = _RUNNING.get()
-        if counter is not None and counter is self._counter:
-            counter.evaluation(args, kwargs)
 
-    def _on_step(self, timestep: Any) -> None:
-        if self._counter is not None:
-            self._counter.step(timestep)
+@dataclass
+class _Sampling:
+    """The rest of a plan, for the arounds: each is handed the ones after it, and the last one the pipeline."""
+
+    attachment: Attachment
+    counter: Counter
+    depth: int = field(default=0)
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        arounds = self.attachment._run.arounds
+        if self.depth == len(arounds):
+            return self.attachment.sample((), arguments, self.counter)
+        return arounds[self.depth](arguments, _Sampling(self.attachment, self.counter, self.depth + 1))
+
+    def add(self, stats: Stats) -> None:
+        self.counter.add(stats)

@@ -7,14 +7,33 @@ a registry in its own file and one field of `Plan`.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from .call import CallHook
 from .errors import InputError
+from .process import Process
 from .registry import Registry
+from .stats import Stats
+
+
+class Sampling(Protocol):
+    """The pipeline as a part sees it that decides over whole calls."""
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """One call of the pipeline by the rest of the plan; returns the pipeline's output."""
+
+    def add(self, stats: Stats) -> None:
+        """Adds what another attached pipeline spent to the count of this call."""
+
+
+Around = Callable[[dict[str, Any], Sampling], Any]
+"""From the call's arguments by name and the sampling to the pipeline's output."""
 
 
 @dataclass
@@ -26,6 +45,11 @@ class Run:
         scheduler: a scheduler of our own, which the parts may change.
         timesteps: the explicit grid, or None for the scheduler's own.
         call_arguments: arguments that the plan sets in every call of the pipeline.
+        hooks: makers of what the parts do during a call; each is asked for a fresh one at the start of a call. An
+            evaluation goes through the hooks in this order.
+        arounds: what decides over whole calls, outermost first.
+        resources: objects that the user handed to ``attach`` by name, such as networks.
+        folder: the folder of the plan's file, where files that it names are; None for a plan that was not loaded.
         warnings: sentences the user should read.
     """
 
@@ -33,7 +57,56 @@ class Run:
     scheduler: Any
     timesteps: tuple[float, ...] | None = None
     call_arguments: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Callable[[], CallHook]] = field(default_factory=list)
+    arounds: list[Around] = field(default_factory=list)
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def process(self) -> Process:
+        """The forward process of the scheduler as it stands.
+
+        Raises:
+            InputError: when the scheduler is not known.
+        """
+        return Process.from_scheduler(self.scheduler)
+
+    def resource(self, part: str, name: str) -> Any:
+        """The object that the user handed over as ``name``.
+
+        Args:
+            part: the part that asks, as the user knows it.
+            name: the resource.
+
+        Raises:
+            InputError: when there is none.
+        """
+        if name not in self.resources:
+            raise InputError(
+                f"the {part} part needs {name!r}; hand it over with attach(pipe, plan, resources={{{name!r}: ...}})"
+            )
+        return self.resources[name]
+
+    def file(self, part: str, name: str) -> Path:
+        """The file called ``name`` beside the plan.
+
+        Args:
+            part: the part that asks, as the user knows it.
+            name: its name within the plan's folder.
+
+        Raises:
+            InputError: when the plan was not loaded from a file, the name leads out of its folder, or there is no
+                such file.
+        """
+        if self.folder is None:
+            raise InputError(f"the {part} part reads {name!r} beside the plan; load the plan with Plan.load(path)")
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise InputError(f"the {part} part names {name!r}, outside the plan's folder; put it beside the plan")
+        if not path.is_file():
+            raise InputError(f"the {part} part names {name!r}, which is not in {self.folder}; put it there")
+        return path
 
     def set_argument(self, part: str, name: str, value: Any, known: frozenset[str]) -> None:
         """Sets one argument of the pipeline's call.

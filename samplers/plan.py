@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from .conditioning import CONDITIONINGS
+from .correction import CORRECTIONS
 from .errors import InputError, unknown_name
 from .files import read_json, write_json
 from .grid import GRIDS
 from .guidance import GUIDANCES
+from .models import MODELS
 from .part import Part, Slot
 from .provenance import Evidence, TunedFor
 from .solver import SOLVERS
+from .start import STARTS
 
 PLAN_VERSION = 1
 
@@ -30,9 +35,32 @@ class Plan(BaseModel):
     name: str | None = Field(default=None, min_length=1, max_length=100, description="What reports call it.")
     solver: Annotated[Part | None, Slot(SOLVERS)] = Field(default=None, description="Which scheduler steps.")
     grid: Annotated[Part | None, Slot(GRIDS)] = Field(default=None, description="At which timesteps.")
+    start: Annotated[Part | None, Slot(STARTS)] = Field(default=None, description="What sampling starts from.")
     guidance: Annotated[Part | None, Slot(GUIDANCES)] = Field(default=None, description="How strongly guided.")
+    conditioning: Annotated[Part | None, Slot(CONDITIONINGS)] = Field(
+        default=None, description="The time that the network is told, if not the grid's."
+    )
+    correction: Annotated[Part | None, Slot(CORRECTIONS)] = Field(
+        default=None, description="What is done to the network's output."
+    )
+    models: Annotated[Part | None, Slot(MODELS)] = Field(default=None, description="Which network runs which steps.")
     tuned_for: TunedFor | None = Field(default=None, description="What it was made on.")
     evidence: tuple[Evidence, ...] = Field(default=(), description="What was measured.")
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the file that the plan was loaded from, where the files that it names are."""
+        return self._folder
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they were loaded from."""
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        """Equal plans have equal hashes."""
+        return hash(json.dumps(self.to_json(), sort_keys=True))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -86,7 +114,9 @@ class Plan(BaseModel):
         Raises:
             InputError: when the file is missing, not JSON, or not a valid plan.
         """
-        return cls.from_json(read_json(Path(path)), str(path))
+        plan = cls.from_json(read_json(Path(path)), str(path))
+        plan._folder = Path(path).resolve().parent
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; the file is complete or absent."""

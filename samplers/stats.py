@@ -54,9 +54,8 @@ class Counter:
     _rows_of_step: int = 0
     _evaluations_of_step: int = 0
 
-    def evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Counts one forward pass of the denoiser from its arguments."""
-        rows = batch_rows(args, kwargs)
+    def evaluation(self, rows: int) -> None:
+        """Counts one forward pass of the denoiser over ``rows`` rows."""
         self.rows += rows
         self._rows_of_step += rows
         self._evaluations_of_step += 1
@@ -66,20 +65,15 @@ class Counter:
         self.steps.append(StepRecord(float(timestep), self._rows_of_step, self._evaluations_of_step))
         self._rows_of_step = self._evaluations_of_step = 0
 
+    def add(self, stats: Stats) -> None:
+        """Adds what another call counted."""
+        self.rows += stats.rows
+        self.steps.extend(stats.steps)
+
     def stats(self, images: int, finished: bool, warnings: tuple[str, ...]) -> Stats:
         """The finished count."""
         nfe = self.rows / images if images else 0.0
         return Stats(nfe, self.rows, images, tuple(self.steps), finished, warnings)
-
-
-def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of the batch that a denoiser was called with: of its first argument, whatever its name."""
-    first = next((kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), None)
-    if first is None:
-        first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-    if isinstance(first, Tensor):
-        return first.shape[0] if first.ndim else 1
-    return len(first) if isinstance(first, list | tuple) else 1
 
 
 def count_images(output: Any) -> int:

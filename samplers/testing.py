@@ -139,6 +139,6 @@ class ExplicitGridConformance:
 
     def _wrapped(self) -> Any:
         scheduler = self.scheduler()
-        wrap_scheduler(scheduler, grid_adapter(scheduler, self.grid), lambda t: None)
+        wrap_scheduler(scheduler, grid_adapter(scheduler, self.grid))
         scheduler.set_timesteps(len(self.grid))
         return scheduler

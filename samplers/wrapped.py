@@ -6,7 +6,8 @@ The wrapper is a subclass made for one attachment. Three things are added to dif
 * Some pipelines (``DiTPipeline``, ``DDIMPipeline``, ``DDPMPipeline``) start from plain unit noise and never ask for
   ``init_noise_sigma``; Euler's family, which keeps x/alpha, then samples noise. The wrapper notices that the
   pipeline did not ask, and converts between the network's x and the scheduler's around each step.
-* ``step`` leaves out neutral arguments that a pipeline passes for its own scheduler (``eta=0.0``).
+* ``step`` leaves out neutral arguments that a pipeline passes for its own scheduler (``eta=0.0``), and shows the step
+  to the running call, whose hooks may change it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Call, Step
 from .errors import InputError
 from .explicit import GridAdapter
+from .process import Process
 
 
 class SchedulerState:
@@ -28,26 +31,27 @@ class SchedulerState:
 
     Attributes:
         grid: the explicit grid, or None.
-        on_step: called with the timestep after each step.
+        call: the call of the pipeline that runs, or None.
         native: whether the pipeline itself brings samples into the scheduler's state space.
     """
 
-    def __init__(self, scheduler: Any, grid: GridAdapter | None, on_step: Callable[[Any], None]) -> None:
+    def __init__(self, scheduler: Any, grid: GridAdapter | None) -> None:
         self.grid = grid
-        self.on_step = on_step
+        self.call: Call | None = None
         self.scales = hasattr(scheduler, "scale_model_input") and hasattr(scheduler, "init_noise_sigma")
         self.native = False
         self.step_options = frozenset(inspect.signature(scheduler.step).parameters)
 
-    def reset(self) -> None:
-        """Forgets what the last call of the pipeline did."""
+    def begin(self, call: Call | None) -> None:
+        """Forgets what the last call of the pipeline did; ``call`` runs now."""
+        self.call = call
         self.native = False
 
 
-def wrap_scheduler(scheduler: Any, grid: GridAdapter | None, on_step: Callable[[Any], None]) -> SchedulerState:
+def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None) -> SchedulerState:
     """Gives ``scheduler`` its wrapping subclass, in place, and returns the wrapper's state."""
     base = type(scheduler)
-    state = SchedulerState(scheduler, grid, on_step)
+    state = SchedulerState(scheduler, grid)
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -92,6 +96,8 @@ def _wrapped_add_noise(base: Any, state: SchedulerState) -> Callable[..., Tensor
 def _wrapped_scale_model_input(base: Any, state: SchedulerState) -> Callable[..., Tensor]:
     @functools.wraps(base.scale_model_input)
     def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if state.call is not None:
+            state.call.position(*args, **kwargs)
         scaled: Tensor = base.scale_model_input(self, sample, *args, **kwargs)
         return scaled if state.native else sample
 
@@ -118,20 +124,78 @@ def _wrapped_step(base: Any, state: SchedulerState) -> Callable[..., Any]:
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(base.step).bind_partial(self, model_output, timestep, sample, *args)
         options = dict(list(bound.arguments.items())[4:]) | _accepted(kwargs, state.step_options, base.__name__)
-        convert = state.scales and not state.native
-        if convert:
-            sample = sample / _network_scale(self, base, sample, timestep)
-        original = functools.partial(base.step, self)
-        if state.grid is None:
-            result = original(model_output, timestep, sample, **options)
+        call = state.call
+        if call is None or not call.hooks:
+            result = _converted_step(self, base, state, model_output, timestep, sample, options)
         else:
-            result = state.grid.step(original, model_output, timestep, sample, options)
-        if convert:
-            result = _rescaled(result, _network_scale(self, base, sample, timestep))
-        state.on_step(timestep)
+            result = _shown_step(self, base, state, call, model_output, timestep, sample, options)
+        if call is not None:
+            call.close_step(timestep)
         return result
 
     return step
+
+
+def _converted_step(
+    scheduler: Any,
+    base: Any,
+    state: SchedulerState,
+    output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    options: dict[str, Any],
+) -> Any:
+    """The scheduler's step, from and to the state space of the pipeline."""
+    convert = state.scales and not state.native
+    if convert:
+        sample = sample / _network_scale(scheduler, base, sample, timestep)
+    original = functools.partial(base.step, scheduler)
+    if state.grid is None:
+        result = original(output, timestep, sample, **options)
+    else:
+        result = state.grid.step(original, output, timestep, sample, options)
+    return _scaled(result, _network_scale(scheduler, base, sample, timestep)) if convert else result
+
+
+def _shown_step(
+    scheduler: Any,
+    base: Any,
+    state: SchedulerState,
+    call: Call,
+    output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    options: dict[str, Any],
+) -> Any:
+    """The scheduler's step, shown to the hooks before and after in terms of x = alpha x0 + sigma eps."""
+    process = call.process
+    assert process is not None
+    index, times = call.position(timestep), scheduler.timesteps
+    time = float(timestep)
+    next_time = float(times[index + 1]) if index + 1 < len(times) else process.clean_time
+    scale, next_scale = (_pipeline_scale(process, state, at) for at in (time, next_time))
+    x = sample / scale if scale != 1 else sample
+    step = Step(index, time, next_time, process, scheduler, output, x)
+    call.begin_step(step)
+    if step.x is not x:
+        sample = step.x * scale
+    result = _converted_step(scheduler, base, state, step.output, timestep, sample, options)
+    landed = result[0] if isinstance(result, tuple) else result.prev_sample
+    x_next = step.x_next = landed / next_scale if next_scale != 1 else landed
+    call.end_step(step)
+    if step.x_next is not x_next:
+        landed = (step.x_next * next_scale).to(landed.dtype)
+        if isinstance(result, tuple):
+            return (landed, *result[1:])
+        result.prev_sample = landed
+    return result
+
+
+def _pipeline_scale(process: Process, state: SchedulerState, time: float) -> float:
+    """What x_t is multiplied with to be the pipeline's sample."""
+    if state.scales and not state.native:
+        return float(process.input_scale(time))
+    return float(process.scheduler_state_scale(time))
 
 
 def _accepted(kwargs: dict[str, Any], known: frozenset[str], name: str) -> dict[str, Any]:
@@ -152,8 +216,8 @@ def _network_scale(scheduler: Any, base: Any, sample: Tensor, timestep: Any) -> 
     return scale.to(sample.dtype)
 
 
-def _rescaled(result: Any, scale: Tensor) -> Any:
-    """A step's result with its sample brought back to the network's x."""
+def _scaled(result: Any, scale: Tensor) -> Any:
+    """A step's result with its sample multiplied."""
     if isinstance(result, tuple):
         return (result[0] * scale, *result[1:])
     result.prev_sample = result.prev_sample * scale

@@ -41,7 +41,7 @@ def exact_map(process, x, first, last_alpha, last_sigma):
 def sample(scheduler, timesteps, x):
     """Runs a wrapped scheduler on an explicit grid in float64, from the network's x to the end."""
     process = Process.from_scheduler(scheduler)
-    wrap_scheduler(scheduler, grid_adapter(scheduler, tuple(timesteps)), lambda t: None)
+    wrap_scheduler(scheduler, grid_adapter(scheduler, tuple(timesteps)))
     scheduler.set_timesteps(7)
     for t in scheduler.timesteps:
         out = gaussian_network(process, x, float(t))
@@ -141,7 +141,7 @@ def test_flow_sigmas_on_multistep_solvers(scheduler):
     grid = (999, 640, 250, 50)
     results = []
     for made in (scheduler(**flow), FlowMatchEulerDiscreteScheduler()):
-        wrap_scheduler(made, grid_adapter(made, grid), lambda t: None)
+        wrap_scheduler(made, grid_adapter(made, grid))
         made.set_timesteps(4)
         y = x
         for t in made.timesteps:
@@ -156,7 +156,7 @@ def test_flow_sigmas_on_multistep_solvers(scheduler):
 def test_img2img_noise_on_a_grid_with_fractions():
     scheduler = DDIMScheduler()
     process = Process.from_scheduler(scheduler)
-    wrap_scheduler(scheduler, grid_adapter(scheduler, (900.0, 400.5, 10.0)), lambda t: None)
+    wrap_scheduler(scheduler, grid_adapter(scheduler, (900.0, 400.5, 10.0)))
     scheduler.set_timesteps(3)
     x0, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     got = scheduler.add_noise(x0, noise, scheduler.timesteps[1:2].repeat(2))
@@ -171,7 +171,7 @@ def test_flow_times_out_of_range(time):
 
 def test_ddim_off_the_grid():
     scheduler = DDIMScheduler()
-    wrap_scheduler(scheduler, grid_adapter(scheduler, (900.0, 400.0)), lambda t: None)
+    wrap_scheduler(scheduler, grid_adapter(scheduler, (900.0, 400.0)))
     scheduler.set_timesteps(2)
     with pytest.raises(InputError, match="are not on the plan's grid"):
         scheduler.step(torch.zeros(1), 500, torch.zeros(1))

@@ -1,0 +1,135 @@
+"""One call of an attached pipeline: what it counts, and where parts of the plan act on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .network import Evaluation, batch_rows, named_inputs, run_network
+from .process import Process
+from .stats import Counter
+
+
+@dataclass
+class Step:
+    """One step of the scheduler, while it is taken.
+
+    Attributes:
+        index: position in the scheduler's timesteps.
+        time: where the step starts, in the scheduler's units.
+        next_time: where it ends; the process's clean time for the last one.
+        process: the forward process.
+        scheduler: the scheduler, ours.
+        output: (B, ...) what the network predicts, guidance applied. A hook may replace it before the step.
+        x: (B, ...) the state alpha x0 + sigma eps at ``time``. A hook may replace it before the step.
+        x_next: (B, ...) the state at ``next_time``, after the step. A hook may replace it after the step.
+    """
+
+    index: int
+    time: float
+    next_time: float
+    process: Process
+    scheduler: Any
+    output: Tensor
+    x: Tensor
+    x_next: Tensor | None = None
+
+    def x0(self) -> Tensor:
+        """The clean samples that the output means, (B, ...)."""
+        return self.process.to_x0(self.output, self.x, self.time)
+
+
+class CallHook:
+    """What a part of a plan does during one call. Override what it needs; a fresh one is made for each call."""
+
+    def evaluate(self, evaluation: Evaluation, proceed: Callable[[Evaluation], Any]) -> Any:
+        """Runs, changes or replaces an evaluation of the network; ``proceed`` runs the rest of the plan and then it.
+
+        Returns:
+            What the network returned, or the like.
+        """
+        return proceed(evaluation)
+
+    def before_step(self, step: Step) -> None:
+        """Sees a step, and may replace its ``output`` or ``x``."""
+
+    def after_step(self, step: Step) -> None:
+        """Sees where the step landed, and may replace its ``x_next``."""
+
+
+@dataclass
+class Call:
+    """One running call: counts evaluations and steps, and hands both to the hooks in the order of the plan.
+
+    Args:
+        networks: the pipeline's denoisers by component name.
+        scheduler: the attached scheduler.
+        hooks: what the parts do.
+        process: the forward process; None where there are no hooks.
+    """
+
+    networks: Mapping[str, nn.Module]
+    scheduler: Any
+    hooks: Sequence[CallHook] = ()
+    process: Process | None = None
+    counter: Counter = field(default_factory=Counter)
+    _index: int | None = None
+    _ordinal: int = 0
+
+    def listens_to(self, network: nn.Module) -> bool:
+        """Whether ``network`` is one of the pipeline's denoisers."""
+        return any(network is mine for mine in self.networks.values())
+
+    def evaluate(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation that the pipeline asks for: through the hooks, to the network."""
+        if not self.hooks:
+            self.counter.evaluation(batch_rows({str(i): value for i, value in enumerate(args)} | kwargs))
+            return run_network(network, args, kwargs)
+        component = next(name for name, mine in self.networks.items() if mine is network)
+        index = self.position()
+        time = float(self.scheduler.timesteps[index])
+        inputs = named_inputs(network, args, kwargs)
+        evaluation = Evaluation(component, network, inputs, index, self._ordinal, time)
+        self._ordinal += 1
+        return self._proceed(0)(evaluation)
+
+    def _proceed(self, depth: int) -> Callable[[Evaluation], Any]:
+        if depth == len(self.hooks):
+            return self._run
+        return lambda evaluation: self.hooks[depth].evaluate(evaluation, self._proceed(depth + 1))
+
+    def _run(self, evaluation: Evaluation) -> Any:
+        self.counter.evaluation(evaluation.rows)
+        return run_network(evaluation.network, (), evaluation.inputs)
+
+    def position(self, timestep: Any = None) -> int:
+        """Position in the scheduler's timesteps of the step that is being taken.
+
+        Args:
+            timestep: where the pipeline says that it is; it says so to the scheduler before the first evaluation,
+                or starts at the scheduler's begin index.
+        """
+        if self._index is None:
+            begin = getattr(self.scheduler, "begin_index", None)
+            if timestep is not None and begin is None:
+                begin = int((self.scheduler.timesteps - timestep).abs().argmin())
+            self._index = begin or 0
+        return self._index
+
+    def begin_step(self, step: Step) -> None:
+        """Shows a step to the hooks before it is taken."""
+        for hook in self.hooks:
+            hook.before_step(step)
+
+    def end_step(self, step: Step) -> None:
+        """Shows a step to the hooks after it was taken."""
+        for hook in self.hooks:
+            hook.after_step(step)
+
+    def close_step(self, timestep: Any) -> None:
+        """Counts a step that was taken."""
+        self.counter.step(timestep)
+        self._index, self._ordinal = self.position(timestep) + 1, 0

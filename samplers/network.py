@@ -1,0 +1,224 @@
+"""Network evaluations of a running call, seen and changed without touching the network.
+
+For the length of a call the denoiser gets a subclass of its own class whose ``__call__`` asks the call that runs in
+this context. Hooks, compiled forwards and offloading of the network stay beneath it; another thread that uses the
+same network meanwhile runs it as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+STATE_NAMES = ("hidden_states", "sample", "x")
+TIME_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
+
+
+class Listener(Protocol):
+    """What sees the evaluations of the networks that it names."""
+
+    def listens_to(self, network: nn.Module) -> bool:
+        """Whether evaluations of ``network`` are to be handed over."""
+
+    def evaluate(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs, changes or replaces one evaluation."""
+
+
+LISTENER: ContextVar[Listener | None] = ContextVar("fewstep_listener", default=None)
+"The call that runs in this context, so that pipelines that share a network do not see each other."
+
+_LOCK = threading.Lock()
+_USERS: dict[int, int] = {}
+"How many running calls have swapped the class of a network, by its id."
+
+
+@functools.cache
+def _listening(base: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        listener = LISTENER.get()
+        if listener is None or not listener.listens_to(self):
+            return base.__call__(self, *args, **kwargs)
+        return listener.evaluate(self, args, kwargs)
+
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__call__": call}
+    return type(base.__name__, (base,), body)
+
+
+@contextmanager
+def listening(networks: Iterable[nn.Module], listener: Listener) -> Iterator[None]:
+    """Hands the evaluations of ``networks`` in this context to ``listener`` until the block ends."""
+    networks = tuple(networks)
+    with _LOCK:
+        for network in networks:
+            _USERS[id(network)] = _USERS.get(id(network), 0) + 1
+            if _USERS[id(network)] == 1:
+                network.__class__ = _listening(type(network))
+    token = LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        LISTENER.reset(token)
+        with _LOCK:
+            for network in networks:
+                _USERS[id(network)] -= 1
+                if not _USERS[id(network)]:
+                    del _USERS[id(network)]
+                    network.__class__ = type(network).__mro__[1]
+
+
+def run_network(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs ``network`` itself, whoever listens."""
+    token = LISTENER.set(None)
+    try:
+        return network(*args, **kwargs)
+    finally:
+        LISTENER.reset(token)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One forward pass that a pipeline asks for.
+
+    Attributes:
+        component: the pipeline's name of the network.
+        network: the network to run.
+        inputs: arguments of its forward, by name.
+        index: position of the step in the scheduler's timesteps.
+        ordinal: 0 for the first evaluation of the step, 1 for the second.
+        time: the step's timestep, in the scheduler's units.
+    """
+
+    component: str
+    network: nn.Module
+    inputs: dict[str, Any]
+    index: int
+    ordinal: int
+    time: float
+
+    @property
+    def state_name(self) -> str:
+        """Name of the argument that holds the noisy samples."""
+        return _named(self.inputs, STATE_NAMES, self.network, "noisy samples")
+
+    @property
+    def time_name(self) -> str:
+        """Name of the argument that holds the time."""
+        return _named(self.inputs, TIME_NAMES, self.network, "time")
+
+    @property
+    def x(self) -> Tensor:
+        """What the network is shown, (rows, ...): branches of guidance that are stacked count their rows each.
+
+        Raises:
+            InputError: when the network takes no tensor.
+        """
+        x = self.inputs[self.state_name]
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"{type(self.network).__name__} takes its samples as {type(x).__name__}; this part needs a tensor"
+            )
+        return x
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return batch_rows(self.inputs)
+
+    def with_inputs(self, **inputs: Any) -> Evaluation:
+        """The same evaluation with some inputs replaced."""
+        return replace(self, inputs=self.inputs | inputs)
+
+    def at_times(self, times: Tensor) -> Evaluation:
+        """The same evaluation, told other times.
+
+        Args:
+            times: (rows,) in the scheduler's units, fractions allowed.
+
+        Raises:
+            InputError: when the pipeline tells this network the time in a way that is not known.
+        """
+        if bool((times == self.time).all()):
+            return self
+        told = torch.as_tensor(self.inputs[self.time_name])
+        if told.ndim > 1:
+            raise InputError(
+                f"{type(self.network).__name__} is told {tuple(told.shape)} times; this part needs one a row"
+            )
+        dtype = told.dtype if told.is_floating_point() else torch.float32
+        unit = time_unit(self.time, float(told.reshape(-1)[0]), type(self.network).__name__)
+        value = unit(times.to(self.x.device, torch.float64)).to(dtype)
+        return self.with_inputs(**{self.time_name: value})
+
+
+def time_unit(time: float, told: float, network: str) -> Callable[[Tensor], Tensor]:
+    """How a pipeline turns the scheduler's time into the number that it tells the network.
+
+    As it is, divided by 1000 (Flux), or 1 minus that (Lumina, Z-Image).
+
+    Raises:
+        InputError: when ``told`` is none of them.
+    """
+    units: tuple[Callable[[Any], Any], ...] = (lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000)
+    unit = min(units, key=lambda unit: abs(unit(time) - told))
+    if abs(unit(time) - told) > 1e-2 * max(abs(told), 1e-2):
+        raise InputError(f"{network} is told {told:g} at timestep {time:g}; fewstep does not know this unit of time")
+    return unit
+
+
+def named_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward pass by name, in the order of the signature."""
+    inner = getattr(network, "_orig_mod", network)
+    bound = inspect.signature(type(inner).forward).bind(inner, *args, **kwargs)
+    inputs = dict(bound.arguments)
+    inputs.pop(next(iter(inputs)))
+    inputs.update(inputs.pop("kwargs", {}))
+    return inputs
+
+
+def _named(inputs: dict[str, Any], names: tuple[str, ...], network: nn.Module, what: str) -> str:
+    for name in names:
+        if name in inputs:
+            return name
+    raise InputError(f"{type(network).__name__} has no input for the {what} that fewstep knows; looked for {names}")
+
+
+def batch_rows(inputs: dict[str, Any]) -> int:
+    """Rows of the batch that a denoiser was called with: of its noisy samples, or else of its first argument."""
+    first = next((inputs[name] for name in STATE_NAMES if name in inputs), None)
+    if first is None:
+        first = next(iter(inputs.values()), None)
+    if isinstance(first, Tensor):
+        return first.shape[0] if first.ndim else 1
+    return len(first) if isinstance(first, list | tuple) else 1
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The prediction in what a denoiser returned: a tensor, a tuple, or an output object with ``sample``.
+
+    Raises:
+        InputError: when it is none of them.
+    """
+    first = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if not isinstance(first, Tensor):
+        raise InputError(f"a denoiser returned {type(first).__name__}; this part needs a tensor")
+    return first
+
+
+def with_output_tensor(output: Any, tensor: Tensor) -> Any:
+    """``output`` with its prediction replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    return type(output)(**(dict(output) | {"sample": tensor}))
