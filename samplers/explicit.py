@@ -1,201 +1,121 @@
 """Explicit grids on diffusers' schedulers: the coefficients between the given timesteps are the true ones.
 
-Schedulers come in families, and each has one way. Those that step between sigmas get the sigmas of the listed
-times; DDIM, which steps a fixed distance in its table of alphas, gets a table that has just the listed times.
-Whole timesteps use the scheduler's own table entries; fractional ones the `Process` between them.
+Schedulers come in families, and each has one way, in a file of its own: those that step between sigmas
+(`explicit_sigmas`), flow matching (`explicit_flow`), EDM (`explicit_edm`), those that look alphas up by timestep
+(`explicit_table`), and the pseudo multi-step ones (`explicit_multistep`). This module is the way in.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from . import explicit_edm, explicit_flow, explicit_multistep, explicit_sigmas, explicit_table  # noqa: F401  register
 from .errors import InputError
-from .process import Process
-from .registry import Registry
+from .explicit_base import EXPLICIT, GridAdapter
+from .solver import scheduler_names
 
-WARPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+__all__ = ["EXPLICIT", "ExplicitSupport", "GridAdapter", "explicit_support", "grid_adapter"]
 
 
-class GridAdapter(ABC):
-    """Runs one scheduler on an explicit grid.
+@dataclass(frozen=True, slots=True)
+class ExplicitSupport:
+    """What one scheduler of diffusers makes of an explicit grid.
 
-    Args:
-        scheduler: the scheduler, ours to change; its class methods are those of diffusers.
-        timesteps: strictly decreasing times in the network's units.
+    Attributes:
+        scheduler: its class name.
+        runs: whether it runs one.
+        order: global order of convergence with its default options; None for a stochastic one, or where ``runs`` is
+            False.
+        reason: why it cannot, where ``runs`` is False.
+        note: what to know about it, possibly empty.
     """
 
-    def __init__(self, scheduler: Any, timesteps: tuple[float, ...]) -> None:
-        for option in WARPS:
-            if scheduler.config.get(option):
-                raise InputError(
-                    f"{option}=True makes a grid of its own, against the explicit grid; set it to false in the "
-                    "solver's config or remove the grid part"
-                )
-        self.scheduler = scheduler
-        self.process = Process.from_scheduler(scheduler)
-        self.check_range(timesteps)
-        self.timesteps = torch.tensor(timesteps, dtype=torch.float64)
-        whole = bool((self.timesteps == self.timesteps.round()).all())
-        self.reported = self.timesteps.long() if whole else self.timesteps.float()
-
-    def check_range(self, timesteps: tuple[float, ...]) -> None:
-        """Raises ``InputError`` for a time that the network was not trained on."""
-        last = self.scheduler.config.num_train_timesteps - 1
-        if timesteps[0] > last:
-            raise InputError(f"timestep {timesteps[0]:g} is out of range; this scheduler was trained on 0 to {last}")
-
-    @abstractmethod
-    def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        """Puts the grid in place of the scheduler's own. ``base`` is the scheduler's ``set_timesteps``."""
-
-    def step(
-        self, base: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]
-    ) -> Any:
-        """One step from ``timestep`` to the next of the grid. ``base`` is the scheduler's ``step``."""
-        return base(output, timestep, sample, **options)
-
-    def add_noise(self, base: Callable[..., Tensor], sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noises clean samples to times of the grid. ``base`` is the scheduler's ``add_noise``."""
-        return base(sample, noise, timesteps)
+    scheduler: str
+    runs: bool
+    order: int | None
+    reason: str | None
+    note: str
 
 
-EXPLICIT: Registry[type[GridAdapter]] = Registry("scheduler that runs an explicit grid")
+_STOCHASTIC = "stochastic"
+_TWICE = "evaluates twice per step: `timesteps` has all but the first listed twice"
+_MIDDLE = "evaluates twice per step: `timesteps` has a point of its own, in the middle of log-sigma, between listed two"
+_SMALLEST = "stops at the smallest noise level, timestep 0"
+
+FACTS: dict[str, tuple[int | None, str]] = {
+    "CogVideoXDDIMScheduler": (1, ""),
+    "CosineDPMSolverMultistepScheduler": (None, f"{_STOCHASTIC}; times 2/pi arctan(sigma); needs torchsde"),
+    "DDIMParallelScheduler": (1, "`step` only; `batch_step_no_noise` keeps diffusers' even steps"),
+    "DDIMScheduler": (1, ""),
+    "DDPMParallelScheduler": (None, f"{_STOCHASTIC}; `step` only; `batch_step_no_noise` keeps diffusers' even steps"),
+    "DDPMScheduler": (None, f"{_STOCHASTIC}; no noise in the last step, wherever it starts"),
+    "DEISMultistepScheduler": (2, _SMALLEST),
+    "DPMSolverMultistepScheduler": (2, ""),
+    "DPMSolverSDEScheduler": (None, f"{_STOCHASTIC}; {_MIDDLE}; needs torchsde"),
+    "DPMSolverSinglestepScheduler": (2, "the listed times include the intermediate points of its steps"),
+    "EDMDPMSolverMultistepScheduler": (2, "times log(sigma)/4"),
+    "EDMEulerScheduler": (1, "times log(sigma)/4"),
+    "EulerAncestralDiscreteScheduler": (None, _STOCHASTIC),
+    "EulerDiscreteScheduler": (1, ""),
+    "FlowMapEulerDiscreteScheduler": (1, ""),
+    "FlowMatchEulerDiscreteScheduler": (1, ""),
+    "FlowMatchHeunDiscreteScheduler": (2, _TWICE),
+    "FlowMatchLCMScheduler": (None, _STOCHASTIC),
+    "HeunDiscreteScheduler": (2, _TWICE),
+    "IPNDMScheduler": (2, "times above 0 and at most 1"),
+    "KDPM2AncestralDiscreteScheduler": (None, f"{_STOCHASTIC}; {_MIDDLE}"),
+    "KDPM2DiscreteScheduler": (2, _MIDDLE),
+    "LCMScheduler": (None, _STOCHASTIC),
+    "LMSDiscreteScheduler": (4, "starts at order 1"),
+    "LTXEulerAncestralRFScheduler": (None, _STOCHASTIC),
+    "PNDMScheduler": (2, "start-up evaluations of its own: `timesteps` has the second listed twice, or Runge-Kutta's"),
+    "SASolverScheduler": (None, f"{_STOCHASTIC} between timesteps 200 and 800; {_SMALLEST}"),
+    "TCDScheduler": (None, f"{_STOCHASTIC} unless eta is 0; {_SMALLEST}"),
+    "UniPCMultistepScheduler": (2, ""),
+}
+"Order and note of every scheduler that runs an explicit grid."
+
+REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        ("AmusedScheduler", "BlockRefinementScheduler", "EntropyBoundScheduler", "VQDiffusionScheduler"),
+        "it unmasks discrete tokens, so there is no noise level to put at a listed time",
+    ),
+    "DiscreteDDIMScheduler": "it samples discrete tokens, so there is no noise level to put at a listed time",
+    **dict.fromkeys(
+        ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+        "it walks from data to noise, and an explicit grid runs from noise to data",
+    ),
+    "CMStochasticIterativeScheduler": "its consistency model was trained on the sigmas of its own grid and its "
+    "pipeline picks among those",
+    "CogVideoXDPMScheduler": "its step takes the prediction and the time before as arguments, which its pipeline "
+    "keeps and no other way of driving a scheduler gives",
+    "DDPMWuerstchenScheduler": "its times are ratios from 1 to 0 with the end in the list, which its pipelines cut "
+    "themselves",
+    "HeliosDMDScheduler": "it samples a pyramid of resolutions, each with a grid of its own",
+    "HeliosScheduler": "it samples a pyramid of resolutions, each with a grid of its own",
+    "KarrasVeScheduler": "its pipeline drives it by sigmas that it churns and corrects itself, not by timesteps",
+    "MiniMaxH3Scheduler": "its time rises from 0 at noise to 1 at data, and an explicit grid decreases",
+    "PiflowScheduler": "its network predicts a policy for the segments of the grid it was distilled on",
+    "RFD4ProteinaScheduler": "it integrates two modalities of a protein with one grid each",
+    "RePaintScheduler": "it jumps back to noisier times to harmonise an inpainting, and an explicit grid decreases",
+    "SCMScheduler": "its times are TrigFlow angles from pi/2 to 0 with the end in the list, which its pipeline makes",
+    "ScoreSdeVeScheduler": "it corrects at sigmas of its own ladder, with two kinds of step that its pipeline calls",
+    "UnCLIPScheduler": "its pipelines, not the scheduler, say where a step lands",
+}
+"Why a scheduler cannot run an explicit grid."
 
 
-@EXPLICIT.register("EulerDiscreteScheduler")
-class EulerGrid(GridAdapter):
-    """Euler takes timesteps itself, fractional ones too, and interpolates sigma linearly."""
-
-    def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        base(timesteps=self.timesteps.tolist(), device=device)
+def explicit_support() -> list[ExplicitSupport]:
+    """What every scheduler of the installed diffusers makes of an explicit grid, by name."""
+    return [_support(name) for name in scheduler_names()]
 
 
-@EXPLICIT.register("DPMSolverMultistepScheduler")
-@EXPLICIT.register("UniPCMultistepScheduler")
-class SigmaGrid(GridAdapter):
-    """Schedulers whose coefficients come from ``sigmas`` alone: they get the sigmas of the listed times."""
-
-    def check_range(self, timesteps: tuple[float, ...]) -> None:
-        if self.scheduler.config.get("use_flow_sigmas"):
-            check_flow_range(timesteps, self.scheduler.config.num_train_timesteps)
-        else:
-            super().check_range(timesteps)
-        if getattr(self.scheduler, "solver_p", None) is not None:
-            raise InputError("UniPC with a separate solver_p cannot run an explicit grid; leave solver_p out")
-
-    def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        scheduler, flow = self.scheduler, self.scheduler.config.get("use_flow_sigmas")
-        dynamic = {"mu": 1.0} if flow and scheduler.config.get("use_dynamic_shifting") else {}
-        base(len(self.timesteps), device=device, **dynamic)
-        sigmas = self._flow_sigmas() if flow else self._table_sigmas()
-        last = scheduler.sigmas[-1] if scheduler.config.final_sigmas_type == "zero" or not flow else sigmas[-1]
-        scheduler.sigmas = torch.cat([sigmas, last.reshape(1)])
-        scheduler.timesteps = self.reported.to(device)
-
-    def _table_sigmas(self) -> Tensor:
-        """sigma/alpha at the listed times, float32 as the scheduler keeps it."""
-        alphas: Tensor = self.scheduler.alphas_cumprod.cpu()
-        low = self.timesteps.floor().long()
-        between = (self.process.sigma(self.timesteps) / self.process.alpha(self.timesteps)).float()
-        sigmas: Tensor = torch.where(self.timesteps == low, ((1 - alphas) / alphas).sqrt()[low], between)
-        return sigmas
-
-    def _flow_sigmas(self) -> Tensor:
-        """sigma at the listed times; 1 is kept off by 1e-6, where the log-SNR is infinite."""
-        sigmas: Tensor = self.timesteps / self.scheduler.config.num_train_timesteps
-        return sigmas.clamp(max=1 - 1e-6).float()
-
-
-@EXPLICIT.register("FlowMatchEulerDiscreteScheduler")
-class FlowGrid(GridAdapter):
-    """Flow matching: sigma is the timestep over the number of training timesteps, with no shift on top."""
-
-    def __init__(self, scheduler: Any, timesteps: tuple[float, ...]) -> None:
-        if scheduler.config.get("invert_sigmas"):
-            raise InputError("invert_sigmas=True reverses the time axis; an explicit grid does not run on it")
-        super().__init__(scheduler, timesteps)
-
-    def check_range(self, timesteps: tuple[float, ...]) -> None:
-        check_flow_range(timesteps, self.scheduler.config.num_train_timesteps)
-
-    def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        scheduler = self.scheduler
-        dynamic = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-        base(len(self.timesteps), device=device, **dynamic)
-        sigmas = (self.timesteps / scheduler.config.num_train_timesteps).float()
-        scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(device)
-        scheduler.timesteps = self.timesteps.float().to(device)
-
-
-@EXPLICIT.register("DDIMScheduler")
-class TableGrid(GridAdapter):
-    """DDIM steps ``num_train_timesteps // num_inference_steps`` entries down its table of alphas.
-
-    While it steps, it sees a table with one entry per listed time, and steps one entry down.
-    """
-
-    def __init__(self, scheduler: Any, timesteps: tuple[float, ...]) -> None:
-        super().__init__(scheduler, timesteps)
-        ascending = self.timesteps.flip(0)
-        low = ascending.floor().long()
-        between = self.process.alpha(ascending).pow(2).float()
-        self.table = torch.where(ascending == low, scheduler.alphas_cumprod.cpu()[low], between)
-
-    def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        base(len(self.timesteps), device=device)
-        self.scheduler.timesteps = self.reported.to(device)
-
-    def step(
-        self, base: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]
-    ) -> Any:
-        entry = self._entries(torch.as_tensor(timestep).reshape(1))[0]
-        with self._swapped_table(sample.device):
-            return base(output, int(entry), sample, **options)
-
-    def add_noise(self, base: Callable[..., Tensor], sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        entries = self._entries(timesteps)
-        with self._swapped_table(sample.device):
-            return base(sample, noise, entries)
-
-    def _entries(self, timesteps: Tensor) -> Tensor:
-        """Table entries (int64) of times of the grid."""
-        grid = self.reported.to(torch.float64)
-        near = (timesteps.detach().cpu().to(torch.float64)[:, None] - grid).abs()
-        if bool((near.min(dim=1).values > 1e-3).any()):
-            raise InputError(f"timesteps {timesteps.tolist()} are not on the plan's grid {grid.tolist()}")
-        return len(grid) - 1 - near.argmin(dim=1)
-
-    def _swapped_table(self, device: torch.device) -> _Swap:
-        steps = self.scheduler.config.num_train_timesteps
-        return _Swap(self.scheduler, alphas_cumprod=self.table.to(device), num_inference_steps=steps)
-
-
-class _Swap:
-    """Attributes of an object, replaced for the length of a block."""
-
-    def __init__(self, target: Any, **values: Any) -> None:
-        self.target, self.values = target, values
-
-    def __enter__(self) -> None:
-        self.kept = {name: getattr(self.target, name) for name in self.values}
-        for name, value in self.values.items():
-            setattr(self.target, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.kept.items():
-            setattr(self.target, name, value)
-
-
-def check_flow_range(timesteps: tuple[float, ...], last: int) -> None:
-    """Raises ``InputError`` for a flow time that is not in (0, ``last``]."""
-    if timesteps[0] > last or timesteps[-1] <= 0:
-        wrong = timesteps[0] if timesteps[0] > last else timesteps[-1]
-        raise InputError(f"timestep {wrong:g} is out of range; flow-matching times are above 0 and at most {last}")
+def _support(name: str) -> ExplicitSupport:
+    if name in EXPLICIT:
+        order, note = FACTS[name]
+        return ExplicitSupport(name, True, order, None, note)
+    return ExplicitSupport(name, False, None, REASONS.get(name, "fewstep does not know this scheduler"), "")
 
 
 def grid_adapter(scheduler: Any, timesteps: tuple[float, ...]) -> GridAdapter:
@@ -207,6 +127,7 @@ def grid_adapter(scheduler: Any, timesteps: tuple[float, ...]) -> GridAdapter:
     name = type(scheduler).__name__
     if name not in EXPLICIT:
         raise InputError(
-            f"{name} does not run an explicit grid; use one of {', '.join(EXPLICIT.names())}, or a 'spacing' grid"
+            f"{name} does not run an explicit grid: {_support(name).reason}; use a 'spacing' grid, or one of "
+            f"{', '.join(EXPLICIT.names())}"
         )
     return EXPLICIT[name](scheduler, timesteps)

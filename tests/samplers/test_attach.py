@@ -197,8 +197,8 @@ def test_a_second_plan_is_refused_and_the_first_one_stays():
             "timestep 1000 is out of range; this scheduler was trained on 0 to 999",
         ),
         (
-            Plan(solver=DiffusersSolver(scheduler="PNDMScheduler"), grid=ExplicitGrid(timesteps=(900, 5))),
-            "PNDMScheduler does not run an explicit grid; use one of DDIMScheduler,",
+            Plan(solver=DiffusersSolver(scheduler="DDIMInverseScheduler"), grid=ExplicitGrid(timesteps=(900, 5))),
+            "DDIMInverseScheduler does not run an explicit grid: it walks from data to noise",
         ),
         (
             Plan(
