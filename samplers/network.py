@@ -7,7 +7,6 @@ same network meanwhile runs it as it is.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -43,8 +42,14 @@ _USERS: dict[int, int] = {}
 "How many running calls have swapped the class of a network, by its id."
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+"Of each class of networks, the one that listens."
+
+
 def _listening(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _CLASSES:
+        return _CLASSES[base]
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = LISTENER.get()
         if listener is None or not listener.listens_to(self):
@@ -52,7 +57,8 @@ def _listening(base: type[nn.Module]) -> type[nn.Module]:
         return listener.evaluate(self, args, kwargs)
 
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__call__": call}
-    return type(base.__name__, (base,), body)
+    _CLASSES[base] = type(base.__name__, (base,), body)
+    return _CLASSES[base]
 
 
 @contextmanager

@@ -67,9 +67,15 @@ def make_scheduler(cls: type[SchedulerMixin], like: SchedulerMixin, options: dic
     """``cls.from_config`` of another scheduler's configuration, with ``options`` on top.
 
     Raises:
-        InputError: when the scheduler refuses them.
+        InputError: when the scheduler refuses them, or they contradict each other.
     """
     try:
-        return cls.from_config(like.config, **options)
+        scheduler = cls.from_config(like.config, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{cls.__name__} refuses this configuration: {error}") from error
+    if scheduler.config.get("rescale_betas_zero_snr") and scheduler.config.get("prediction_type") == "epsilon":
+        raise InputError(
+            "epsilon prediction is undefined at zero terminal SNR, where x is epsilon itself (arXiv:2305.08891, "
+            "Section 3.2); leave rescale_betas_zero_snr out, or use a network that predicts v or the sample"
+        )
+    return scheduler

@@ -147,6 +147,48 @@ def tiny_sd3(scheduler=None):
     return pipe
 
 
+def _tiny_causal_vae(cls):
+    torch.manual_seed(1)
+    return cls(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+
+
+def tiny_wan(scheduler=None):
+    """WanPipeline, which evaluates its two branches of guidance in turn; prompts are given as embeddings."""
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+    vae = _tiny_causal_vae(AutoencoderKLWan)
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1
+    )
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_qwen(scheduler=None):
+    """QwenImagePipeline: two branches in turn, whose combination is brought to the norm of the conditional one."""
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+    vae = _tiny_causal_vae(AutoencoderKLQwenImage)
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(4, 6, 6)
+    )
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipe = QwenImagePipeline(
+        scheduler=scheduler, vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=transformer.eval()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def generators(count, first=0):
     return [torch.Generator().manual_seed(first + index) for index in range(count)]
 
@@ -164,6 +206,11 @@ def call_arguments(pipe, batch=2, seed=0):
         "prompt_embeds": torch.randn(batch, 4, 8, generator=draw),
         "negative_prompt_embeds": torch.randn(batch, 4, 8, generator=draw),
     }
+    if name == "WanPipeline":
+        return common | embeds | {"height": 16, "width": 16, "num_frames": 1, "output_type": "latent"}
+    if name == "QwenImagePipeline":
+        masks = {f"{key}_mask": torch.ones(batch, 4, dtype=torch.long) for key in embeds}
+        return common | embeds | masks | {"height": 32, "width": 32, "output_type": "latent"}
     if name == "StableDiffusionPipeline":
         return common | embeds | {"height": 16, "width": 16}
     wide = {key: torch.randn(batch, 4, 16, generator=draw) for key in embeds}
