@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from typing import ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import scipy.stats
 import torch
+from diffusers import DDIMScheduler
 from diffusers.schedulers import AysSchedules
 from pydantic import Field
 
@@ -118,30 +120,39 @@ class AlignYourSteps(Rule):
     """The published noise levels of ten steps, log-linearly interpolated for other counts (arXiv:2404.14507).
 
     The eleventh level, where the tenth step ends, is the cleanest one of the process, as in the paper's own tables. The
-    first time is the process's noisiest, where sampling starts. At ten steps the times are diffusers' tables where
-    it has them. Times of other processes are those of the same SNR.
+    first time is the process's noisiest, where sampling starts. On Stable Diffusion's betas ten steps are diffusers'
+    timesteps; times of other processes are those of the same SNR.
     """
 
     rounds: ClassVar[bool] = True
     table: Literal["sd1", "sdxl", "svd"] = Field(default="sd1", description="The model that it was optimised for.")
 
-    names: ClassVar[dict[str, str]] = {
-        "sd1": "StableDiffusionSigmas",
-        "sdxl": "StableDiffusionXLSigmas",
-        "svd": "StableDiffusionVideoSigmas",
-    }
-
     def _times(self, process: Process, steps: int) -> Floats:
-        levels = np.array([*AysSchedules[self.names[self.table]][:-1], 0.0])
-        levels[-1] = math.exp(-log_snr(process, cleanest(process)) / 2)
-        noisiest = math.exp(-log_snr(process, process.time_range.noisiest) / 2)
-        if not noisiest > levels[1] or not levels[-2] > levels[-1]:
+        clean = math.exp(-log_snr(process, cleanest(process)) / 2)
+        noisiest = math.exp(-log_snr(process, self.noisiest(process)) / 2)
+        levels = np.array([*published_levels(self.table), clean])
+        if not noisiest > levels[1] or not levels[-2] > clean:
             raise InputError(
-                f"the table {self.table!r} has noise levels {levels[1]:g} to {levels[-2]:g}, and this process has "
-                f"{noisiest:g} to {levels[-1]:.3g}; choose another table or rule"
+                f"the table {self.table!r} has noise levels {levels[1]:.3g} to {levels[-2]:.3g}, and this process has "
+                f"{noisiest:.3g} to {clean:.3g}; choose another table or rule"
             )
         places = np.linspace(0, len(levels) - 1, steps + 1)[:-1]
         chosen = np.exp(np.interp(places, np.arange(len(levels)), np.log(levels)))
         times = times_of_log_snr(process, -2 * np.log(chosen))
-        times[0] = process.time_range.noisiest
+        times[0] = self.noisiest(process)
         return times
+
+
+@functools.cache
+def published_levels(table: str) -> tuple[float, ...]:
+    """The ten noise levels sigma/alpha of a table of `AlignYourSteps`, noisiest first.
+
+    Where diffusers has timesteps, the levels are those of Stable Diffusion's betas there; its sigmas are the same,
+    rounded.
+    """
+    timesteps = {"sd1": "StableDiffusionTimesteps", "sdxl": "StableDiffusionXLTimesteps"}
+    if table not in timesteps:
+        return tuple(AysSchedules["StableDiffusionVideoSigmas"][:-1])
+    betas = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    times = torch.tensor(AysSchedules[timesteps[table]], dtype=torch.float64)
+    return tuple((-Process.from_scheduler(betas).log_snr(times) / 2).exp().tolist())

@@ -7,6 +7,7 @@ are filled in by `Rule.suited`. Rules over noise levels are in `level_rules`.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import InputError
+from .explicit import EXPLICIT
 from .process import Process
 from .registry import Registry
 from .schedules import FlowSchedule, TableSchedule
-from .solver import make_scheduler, scheduler_names
+from .solver import make_scheduler
 
 Floats = NDArray[np.float64]
 
@@ -48,6 +50,7 @@ class Rule(BaseModel):
 
     round: bool | None = Field(default=None, description="Whole timesteps only.")
     shift: float | None = Field(default=None, gt=0, description="Flow matching's shift in place of the scheduler's.")
+    first: float | None = Field(default=None, description="The noisiest time; null for the process's noisiest.")
 
     def times(self, process: Process, steps: int) -> tuple[float, ...]:
         """The grid: ``steps`` strictly decreasing times of ``process``, noisiest first, none of them clean data.
@@ -80,8 +83,19 @@ class Rule(BaseModel):
         return scheduler
 
     def suited(self, scheduler: Any, process: Process) -> Self:
-        """This rule with the options that were left open filled in as ``scheduler``, of ``process``, has them."""
-        return self
+        """This rule with the options that were left open filled in as ``scheduler``, of ``process``, has them.
+
+        Here: the first time, where ``lambda_min_clipped`` bounds the noise (DPM-Solver on cosine betas).
+        """
+        clip = scheduler.config.get("lambda_min_clipped", -math.inf)
+        if self.first is not None or math.isinf(clip) or not isinstance(process.schedule, TableSchedule):
+            return self
+        dropped = int((scheduler.lambda_t < clip).sum())
+        return self.model_copy(update={"first": process.time_range.noisiest - dropped})
+
+    def noisiest(self, process: Process) -> float:
+        """The noisiest time of the grid's range."""
+        return process.time_range.noisiest if self.first is None else self.first
 
     @abstractmethod
     def _times(self, process: Process, steps: int) -> Floats:
@@ -139,6 +153,14 @@ class Axis:
 
     process: Process
 
+    def __post_init__(self) -> None:
+        schedule = self.process.schedule
+        if isinstance(schedule, FlowSchedule) and schedule.shift is None:
+            raise InputError(
+                "this scheduler shifts by resolution; give the rule the option 'shift', exp(mu) for the mu that the "
+                "pipeline computes"
+            )
+
     @property
     def even_in_time(self) -> bool:
         """Whether the coordinate is the time."""
@@ -185,7 +207,6 @@ def cleanest(process: Process) -> float:
 class Ranged(Rule):
     """A rule between two times."""
 
-    first: float | None = Field(default=None, description="The noisiest time; null for the process's noisiest.")
     last: float | None = Field(default=None, description="The cleanest time; null for the process's cleanest.")
     endpoint: bool | None = Field(
         default=None, description="Whether 'last' is in the grid, or only where an extra step would start."
@@ -198,9 +219,10 @@ class Ranged(Rule):
         """Flow matching: the scheduler's own cleanest sigma, shifted (once more) as its ``set_timesteps`` does."""
         schedule, own = process.schedule, getattr(scheduler, "sigma_min", None)
         shift = self.shift or getattr(schedule, "shift", None)
+        rule = super().suited(scheduler, process)
         if self.last is not None or own is None or shift is None or not isinstance(schedule, FlowSchedule):
-            return self
-        return self.model_copy(update={"last": float(process.with_shift(shift).from_uniform(float(own)))})
+            return rule
+        return rule.model_copy(update={"last": float(process.with_shift(shift).from_uniform(float(own)))})
 
     def between(self, process: Process) -> tuple[float, float]:
         """The noisiest and the cleanest time.
@@ -208,7 +230,7 @@ class Ranged(Rule):
         Raises:
             InputError: when they do not decrease.
         """
-        first = process.time_range.noisiest if self.first is None else self.first
+        first = self.noisiest(process)
         last = cleanest(process) if self.last is None else self.last
         if not first > last:
             raise InputError(f"'first' must be noisier than 'last'; got first {first:g} and last {last:g}")
@@ -297,7 +319,7 @@ class Power(Curve):
 
 @RULES.register("leading")
 class Leading(Spacing):
-    """Even times from the cleanest up, each the cleaner end of its share: the noisiest time is not in it."""
+    """Even times from the cleanest up, each the cleaner end of its share: ``first`` itself is not in it."""
 
     spacing: ClassVar[str] = "leading"
     offset: int | None = Field(default=None, ge=0, description="Added to every time; null for steps_offset.")
@@ -310,18 +332,18 @@ class Leading(Spacing):
             offset = scheduler.config.get("steps_offset", 0)
         if endpoint is None:
             endpoint = type(scheduler).__name__ not in ENDS_BEFORE_LAST
-        return self.model_copy(update={"offset": offset, "endpoint": endpoint})
+        return super().suited(scheduler, process).model_copy(update={"offset": offset, "endpoint": endpoint})
 
     def _times(self, process: Process, steps: int) -> Floats:
         axis = Axis(process)
         count = steps + 1 if self.endpoint is False else steps
         order = np.arange(count)[::-1][:steps]
         if axis.even_in_time:
-            return np.asarray(order * ((int(process.time_range.noisiest) + 1) // count) + float(self.offset or 0))
+            return np.asarray(order * (int(self.noisiest(process) + 1) // count) + float(self.offset or 0))
         if self.offset is not None:
             raise InputError(f"only a table of timesteps has an offset; got {self.offset}: leave 'offset' out")
-        start = axis.point(cleanest(process))
-        return axis.times(start + order * ((1 - start) / count))
+        start, end = axis.point(cleanest(process)), axis.point(self.noisiest(process))
+        return axis.times(start + order * ((end - start) / count))
 
 
 @RULES.register("trailing")
@@ -329,11 +351,10 @@ class Trailing(Spacing):
     """Even times from the noisiest down, each the noisier end of its share, so that the last step ends at data."""
 
     spacing: ClassVar[str] = "trailing"
-    first: float | None = Field(default=None, description="The noisiest time; null for the process's noisiest.")
 
     def _times(self, process: Process, steps: int) -> Floats:
         axis = Axis(process)
-        length = axis.point(process.time_range.noisiest if self.first is None else self.first) - axis.clean
+        length = axis.point(self.noisiest(process)) - axis.clean
         return axis.times(axis.clean + (length - np.arange(steps) * (length / steps)))
 
     def _rounded(self, times: Floats, process: Process) -> Floats:
@@ -358,16 +379,17 @@ class TrailingZeroSNR(Trailing):
             raise InputError(f"{cls.__name__} has no {self.option}; use one of {', '.join(zero_snr_schedulers())}")
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in ("v_prediction", "sample"):
+            why = "epsilon is undefined at SNR 0" if kind == "epsilon" else "this one has zero SNR already"
             raise InputError(
-                f"zero terminal SNR needs v_prediction or sample; got prediction_type={kind!r}, which is undefined at "
-                "SNR 0: use the rule 'trailing'"
+                f"{self.option} goes with v_prediction or sample; got prediction_type={kind!r}: {why}, use the rule "
+                "'trailing'"
             )
         return make_scheduler(cls, super().prepared(scheduler), {self.option: True})
 
 
 def zero_snr_schedulers() -> list[str]:
-    """Names of diffusers' schedulers that can rescale their betas to zero terminal SNR."""
-    return [name for name in scheduler_names() if _has_option(getattr(diffusers, name), TrailingZeroSNR.option)]
+    """Names of the schedulers that run an explicit grid and can rescale their betas to zero terminal SNR."""
+    return [name for name in EXPLICIT.names() if _has_option(getattr(diffusers, name), TrailingZeroSNR.option)]
 
 
 def _has_option(scheduler_class: Any, option: str) -> bool:

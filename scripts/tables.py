@@ -1,4 +1,4 @@
-"""Renews what is generated from the code: the README's table of what works, and the schema of plans.
+"""Renews what is generated from the code: the README's table of what works, the plan schema and docs/schedulers.md.
 
 Run it in a checkout: ``python -m fewstep.scripts.tables``. A test compares, so neither can go stale.
 """
@@ -14,7 +14,7 @@ from ..samplers.explicit import EXPLICIT
 from ..samplers.files import write_json, write_text
 from ..samplers.part import Slot
 from ..samplers.solver import scheduler_names
-from . import cli
+from . import cli, schedulers_doc
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- what works: generated -->", "<!-- end -->"
@@ -58,9 +58,10 @@ def renewed(readme: str) -> str:
 
 
 def main() -> None:
-    """Writes both files of the checkout."""
+    """Writes the three files of the checkout."""
     write_text(ROOT / "README.md", renewed((ROOT / "README.md").read_text(encoding="utf-8")))
     write_json(ROOT / "samplers" / "plan.schema.json", Plan.model_json_schema())
+    write_text(ROOT / "docs" / "schedulers.md", schedulers_doc.document())
 
 
 if __name__ == "__main__":
