@@ -4,10 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny import call_arguments, tiny_unet
 
 from fewstep.eval.assets import demo_names
-from fewstep.samplers import Plan
+from fewstep.samplers import Plan, attach
+from fewstep.samplers.correction import CORRECTIONS
+from fewstep.samplers.grid import GRIDS
 from fewstep.scripts import cli, tables
 
 ROOT = Path(__file__).parents[1]
@@ -16,8 +20,8 @@ NEEDS_THE_USER = ("PATH", "REAL", "WEIGHTS")
 "Words of a command that stand for something of the reader's; such a command is parsed and not run."
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -61,6 +65,24 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
         assert cli.main(words) == 0, command
     assert (tmp_path / "grid.png").is_file()
     assert list(tmp_path.glob("out-*/report.html"))
+
+
+def test_the_methods_that_the_guide_adds_run(monkeypatch):
+    for registry in (GRIDS, CORRECTIONS):
+        monkeypatch.setattr(registry, "_table", dict(registry._table))
+    names = {}
+    for example in blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        exec(compile(example, "CONTRIBUTING.md", "exec"), names)
+    pipe, seen = tiny_unet(), []
+    grid = {"type": "cosine", "steps": 3}
+    for bound in (1e6, 0.1):
+        plan = Plan(grid=grid, correction={"type": "static-threshold", "bound": bound})
+        with attach(pipe, plan) as handle:
+            seen.append(pipe(**call_arguments(pipe)).images)
+        assert [step.timestep for step in handle.stats.steps] == pytest.approx([999, 999 * 0.75**0.5, 499.5])
+    with attach(pipe, Plan(grid=grid)):
+        np.testing.assert_allclose(seen[0], pipe(**call_arguments(pipe)).images, atol=1e-5)
+    assert abs(2 * seen[1] - 1).max() <= 0.1 + 1e-5, "the last step lands on the clipped sample"
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if any(w in NEEDS_THE_USER for w in shlex.split(c))])
