@@ -21,6 +21,7 @@ from torch import nn
 from .call import Call
 from .errors import InputError
 from .explicit import grid_adapter
+from .explicit_base import GridAdapter
 from .network import listening
 from .part import Run
 from .plan import Plan
@@ -188,20 +189,24 @@ class Attachment:
                     raise InputError(f"the plan has a grid; got {name} in the call as well; leave one of them out")
         return {name: value for name, value in self._run.call_arguments.items() if name not in given}
 
-    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any], counter: Counter) -> Any:
+    def sample(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], counter: Counter, grid: GridAdapter | None = None
+    ) -> Any:
         """One call of the pipeline's own ``__call__``, listened to and counted.
 
         Args:
             args: positional arguments.
             kwargs: the others, those of the plan among them.
             counter: what to count on.
+            grid: an explicit grid that runs instead of the plan's, or None.
 
         Returns:
             The pipeline's output.
         """
         hooks = tuple(make() for make in self._run.hooks)
-        call = Call(self._denoisers, self._scheduler, hooks, self._process, counter)
-        self._state.begin(call)
+        generator = self._signature.bind_partial(self._pipe, *args, **kwargs).arguments.get("generator")
+        call = Call(self._denoisers, self._scheduler, hooks, self._process, generator, counter)
+        self._state.begin(call, grid)
         try:
             with listening(self._denoisers.values(), call):
                 return self._class.__call__(self._pipe, *args, **kwargs)
@@ -216,12 +221,13 @@ class _Sampling:
     attachment: Attachment
     counter: Counter
     depth: int = field(default=0)
+    grid: GridAdapter | None = None
 
-    def run(self, arguments: dict[str, Any]) -> Any:
-        arounds = self.attachment._run.arounds
+    def run(self, arguments: dict[str, Any], grid: GridAdapter | None = None) -> Any:
+        arounds, grid = self.attachment._run.arounds, grid or self.grid
         if self.depth == len(arounds):
-            return self.attachment.sample((), arguments, self.counter)
-        return arounds[self.depth](arguments, _Sampling(self.attachment, self.counter, self.depth + 1))
+            return self.attachment.sample((), arguments, self.counter, grid)
+        return arounds[self.depth](arguments, _Sampling(self.attachment, self.counter, self.depth + 1, grid))
 
     def add(self, stats: Stats) -> None:
         self.counter.add(stats)

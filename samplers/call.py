@@ -69,12 +69,14 @@ class Call:
         scheduler: the attached scheduler.
         hooks: what the parts do.
         process: the forward process; None where there are no hooks.
+        generator: the call's generator, or one for each sample: for pipelines that give the scheduler none.
     """
 
     networks: Mapping[str, nn.Module]
     scheduler: Any
     hooks: Sequence[CallHook] = ()
     process: Process | None = None
+    generator: Any = None
     counter: Counter = field(default_factory=Counter)
     _index: int | None = None
     _ordinal: int = 0
@@ -85,10 +87,10 @@ class Call:
 
     def evaluate(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation that the pipeline asks for: through the hooks, to the network."""
-        if not self.hooks:
-            self.counter.evaluation(batch_rows({str(i): value for i, value in enumerate(args)} | kwargs))
-            return run_network(network, args, kwargs)
         component = next(name for name, mine in self.networks.items() if mine is network)
+        if not self.hooks:
+            self.counter.evaluation(batch_rows({str(i): value for i, value in enumerate(args)} | kwargs), component)
+            return run_network(network, args, kwargs)
         index = self.position()
         time = float(self.scheduler.timesteps[index])
         inputs = named_inputs(network, args, kwargs)
@@ -102,7 +104,7 @@ class Call:
         return lambda evaluation: self.hooks[depth].evaluate(evaluation, self._proceed(depth + 1))
 
     def _run(self, evaluation: Evaluation) -> Any:
-        self.counter.evaluation(evaluation.rows)
+        self.counter.evaluation(evaluation.rows, evaluation.component)
         return run_network(evaluation.network, (), evaluation.inputs)
 
     def position(self, timestep: Any = None) -> int:
@@ -118,6 +120,12 @@ class Call:
                 begin = int((self.scheduler.timesteps - timestep).abs().argmin())
             self._index = begin or 0
         return self._index
+
+    def generator_of(self, rows: int) -> Any:
+        """The call's generator for a batch in which the samples may be stacked several times."""
+        if isinstance(self.generator, list) and self.generator:
+            return self.generator * (rows // len(self.generator))
+        return self.generator
 
     def begin_step(self, step: Step) -> None:
         """Shows a step to the hooks before it is taken."""

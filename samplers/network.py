@@ -97,7 +97,7 @@ class Evaluation:
     """One forward pass that a pipeline asks for.
 
     Attributes:
-        component: the pipeline's name of the network.
+        component: the pipeline's name of the network, or the plan's of one that runs in its place.
         network: the network to run.
         inputs: arguments of its forward, by name.
         index: position of the step in the scheduler's timesteps.

@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from .call import CallHook
 from .errors import InputError
+from .explicit_base import GridAdapter
 from .process import Process
 from .registry import Registry
 from .stats import Stats
@@ -25,8 +26,16 @@ from .stats import Stats
 class Sampling(Protocol):
     """The pipeline as a part sees it that decides over whole calls."""
 
-    def run(self, arguments: dict[str, Any]) -> Any:
-        """One call of the pipeline by the rest of the plan; returns the pipeline's output."""
+    def run(self, arguments: dict[str, Any], grid: GridAdapter | None = None) -> Any:
+        """One call of the pipeline by the rest of the plan.
+
+        Args:
+            arguments: those of the call, by name.
+            grid: an explicit grid that runs instead of the plan's, or None.
+
+        Returns:
+            The pipeline's output.
+        """
 
     def add(self, stats: Stats) -> None:
         """Adds what another attached pipeline spent to the count of this call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,30 @@ class StepRecord:
         timestep: the time the scheduler was stepped from, in the network's units.
         rows: rows of all network evaluations since the step before; a batch that is doubled for guidance counts double.
         evaluations: forward passes since the step before.
+        network: the network that ran the last of them: the pipeline's name of it, or the plan's for another one.
     """
 
     timestep: float
     rows: int
     evaluations: int
+    network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a part of the plan spent besides the steps of the call.
+
+    Attributes:
+        name: who: the scorer of an escalation, its teacher.
+        samples: how many samples it worked on.
+        evaluations: how often it was asked: calls of a scorer, forward passes of a teacher.
+        seconds: wall time.
+    """
+
+    name: str
+    samples: int
+    evaluations: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +54,8 @@ class Stats:
         steps: one record per step of the scheduler.
         finished: False when the call raised; ``images`` and ``nfe`` are 0 then.
         warnings: what the user should know about this plan on this pipeline.
+        rows_by_network: ``rows`` by network: the pipeline's own by component name, others by the plan's name.
+        work: what parts of the plan spent besides the steps; the rows of a teacher are in ``rows`` too.
     """
 
     nfe: float
@@ -43,6 +64,8 @@ class Stats:
     steps: tuple[StepRecord, ...]
     finished: bool
     warnings: tuple[str, ...] = ()
+    rows_by_network: Mapping[str, int] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
 
 
 @dataclass
@@ -51,29 +74,41 @@ class Counter:
 
     rows: int = 0
     steps: list[StepRecord] = field(default_factory=list)
+    rows_by_network: dict[str, int] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
     _rows_of_step: int = 0
     _evaluations_of_step: int = 0
+    _network_of_step: str = ""
 
-    def evaluation(self, rows: int) -> None:
-        """Counts one forward pass of the denoiser over ``rows`` rows."""
+    def evaluation(self, rows: int, network: str = "") -> None:
+        """Counts one forward pass of a denoiser over ``rows`` rows."""
         self.rows += rows
+        self.rows_by_network[network] = self.rows_by_network.get(network, 0) + rows
         self._rows_of_step += rows
         self._evaluations_of_step += 1
+        self._network_of_step = network
 
     def step(self, timestep: Any) -> None:
         """Closes one step of the scheduler."""
-        self.steps.append(StepRecord(float(timestep), self._rows_of_step, self._evaluations_of_step))
+        record = StepRecord(float(timestep), self._rows_of_step, self._evaluations_of_step, self._network_of_step)
+        self.steps.append(record)
         self._rows_of_step = self._evaluations_of_step = 0
+        self._network_of_step = ""
 
     def add(self, stats: Stats) -> None:
         """Adds what another call counted."""
         self.rows += stats.rows
         self.steps.extend(stats.steps)
+        self.work.extend(stats.work)
+        for network, rows in stats.rows_by_network.items():
+            self.rows_by_network[network] = self.rows_by_network.get(network, 0) + rows
 
     def stats(self, images: int, finished: bool, warnings: tuple[str, ...]) -> Stats:
         """The finished count."""
         nfe = self.rows / images if images else 0.0
-        return Stats(nfe, self.rows, images, tuple(self.steps), finished, warnings)
+        return Stats(
+            nfe, self.rows, images, tuple(self.steps), finished, warnings, dict(self.rows_by_network), tuple(self.work)
+        )
 
 
 def count_images(output: Any) -> int:

@@ -62,6 +62,10 @@ class PartConformance:
     def call(self, pipe: Any) -> dict[str, Any]:
         """Arguments of a call of ``pipe``, with fresh generators and ``output_type="np"``."""
 
+    def resources(self) -> dict[str, Any]:
+        """What the part asks for by name; nothing, unless you override this."""
+        return {}
+
     def plan(self) -> Plan:
         """A plan with just this part."""
         part = self.part()
@@ -88,7 +92,7 @@ class PartConformance:
     def test_prepare_does_not_touch_the_pipeline(self) -> None:
         pipe = self.pipe()
         before, scheduler = dict(vars(pipe)), copy.deepcopy(vars(pipe.scheduler))
-        run = Run(pipe, copy.deepcopy(pipe.scheduler))
+        run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=self.resources())
         self.part().prepare(run, frozenset({"num_inference_steps", "guidance_scale", "guidance_rescale"}))
         assert vars(pipe) == before
         assert str(vars(pipe.scheduler)) == str(scheduler)
@@ -98,7 +102,7 @@ class PartConformance:
         plain = pipe(**self.call(pipe)).images
         images = []
         for _ in range(2):
-            with attach(pipe, self.plan()) as handle:
+            with attach(pipe, self.plan(), self.resources()) as handle:
                 images.append(pipe(**self.call(pipe)).images)
             assert handle.stats is not None
             assert handle.stats.nfe > 0

@@ -1,13 +1,14 @@
 """A scheduler of diffusers, wrapped so that a plan's grid runs and any pipeline can drive it.
 
-The wrapper is a subclass made for one attachment. Three things are added to diffusers' class:
+The wrapper is a subclass made for one attachment. These things are added to diffusers' class:
 
 * ``set_timesteps`` puts the plan's explicit grid in place, whatever the pipeline asks for.
 * Some pipelines (``DiTPipeline``, ``DDIMPipeline``, ``DDPMPipeline``) start from plain unit noise and never ask for
   ``init_noise_sigma``; Euler's family, which keeps x/alpha, then samples noise. The wrapper notices that the
   pipeline did not ask, and converts between the network's x and the scheduler's around each step.
-* ``step`` leaves out neutral arguments that a pipeline passes for its own scheduler (``eta=0.0``), and shows the step
-  to the running call, whose hooks may change it.
+* ``step`` leaves out neutral arguments that a pipeline passes for its own scheduler (``eta=0.0``), draws noise from the
+  call's generator where the pipeline hands it none (``DiTPipeline``), and shows the step to the running call, whose
+  hooks may change it.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ class SchedulerState:
     """What the wrapper knows about its scheduler.
 
     Attributes:
-        grid: the explicit grid, or None.
+        grid: the explicit grid that runs, or None.
         call: the call of the pipeline that runs, or None.
         native: whether the pipeline itself brings samples into the scheduler's state space.
     """
 
     def __init__(self, scheduler: Any, grid: GridAdapter | None) -> None:
-        self.grid = grid
+        self.grid = self._plan_grid = grid
         self.call: Call | None = None
         self.scales = hasattr(scheduler, "scale_model_input") and hasattr(scheduler, "init_noise_sigma")
         self.native = False
         self.step_options = frozenset(inspect.signature(scheduler.step).parameters)
 
-    def begin(self, call: Call | None) -> None:
-        """Forgets what the last call of the pipeline did; ``call`` runs now."""
+    def begin(self, call: Call | None, grid: GridAdapter | None = None) -> None:
+        """Forgets what the last call of the pipeline did; ``call`` runs now, on ``grid`` if it is not the plan's."""
         self.call = call
+        self.grid = grid or self._plan_grid
         self.native = False
 
 
@@ -125,6 +127,8 @@ def _wrapped_step(base: Any, state: SchedulerState) -> Callable[..., Any]:
         bound = inspect.signature(base.step).bind_partial(self, model_output, timestep, sample, *args)
         options = dict(list(bound.arguments.items())[4:]) | _accepted(kwargs, state.step_options, base.__name__)
         call = state.call
+        if call is not None and "generator" in state.step_options and options.get("generator") is None:
+            options["generator"] = call.generator_of(len(sample))
         if call is None or not call.hooks:
             result = _converted_step(self, base, state, model_output, timestep, sample, options)
         else:
