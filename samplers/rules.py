@@ -68,6 +68,7 @@ class Rule(BaseModel):
             raise InputError("time runs towards data on this scheduler (invert_sigmas=True); no rule makes its grid")
         if self.shift is not None:
             process = process.with_shift(self.shift)
+        self._check_ends(process)
         times = self._made(process, steps)
         if len(set(np.float32(times))) < steps:
             self._refuse_repeats(process, steps)
@@ -121,6 +122,14 @@ class Rule(BaseModel):
         raise InputError(
             f"{steps} steps repeat a timestep; at most {next(fitting)} fit this rule here: ask for no more{mend}"
         )
+
+    def _check_ends(self, process: Process) -> None:
+        low, high = process.time_range
+        for name in ("first", "last"):
+            time = getattr(self, name, None)
+            if time is not None and (not low <= time <= high or time == process.clean_time):
+                above = "above" if low == process.clean_time else "at least"
+                raise InputError(f"{name!r} must be {above} {low:g} and at most {high:g} on this process; got {time:g}")
 
     def _check(self, process: Process, times: Floats) -> None:
         for before, after in pairwise(times.tolist()):
@@ -178,7 +187,7 @@ class Axis:
         return np.asarray(self.process.from_uniform(torch.from_numpy(points.copy())).numpy())
 
     def point(self, time: float) -> float:
-        """The point of a time; outside 0 to 1 it is the nearer end. `times` increases: 60 halvings find it."""
+        """The point of a time of the process. `times` increases: 60 halvings find it."""
         if self.even_in_time:
             return time
         low, high = 0.0, 1.0
@@ -217,7 +226,7 @@ class Ranged(Rule):
 
     def suited(self, scheduler: Any, process: Process) -> Self:
         """Flow matching: the scheduler's own cleanest sigma, shifted (once more) as its ``set_timesteps`` does."""
-        schedule, own = process.schedule, getattr(scheduler, "sigma_min", None)
+        schedule, own = process.schedule, vars(scheduler).get("sigma_min")
         shift = self.shift or getattr(schedule, "shift", None)
         rule = super().suited(scheduler, process)
         if self.last is not None or own is None or shift is None or not isinstance(schedule, FlowSchedule):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -19,10 +21,26 @@ from ..samplers.wrapped import wrap_scheduler
 STEPS = 10
 HEAD = f"""# Schedulers and grid rules
 
-Made by `python -m fewstep.scripts.tables`: every mark below is a scheduler that was built, given the grid of a rule with
+Made by `python -m fewstep.scripts.tables`. Every mark is a scheduler that was built, given the grid of a rule with
 {STEPS} steps, and found to have exactly those timesteps (a scheduler that evaluates more than once per step has points
-between). A number is the note that says why it does not. The network predicts v where the scheduler can be told so,
-since zero terminal SNR leaves epsilon undefined; everything else is the scheduler's default.
+of its own between). A number is the note below the table that says why it refuses. The network predicts v where the
+scheduler can be told so, since zero terminal SNR leaves epsilon undefined; all else is the scheduler's default.
+"""
+RULES_HEAD = """## Rules
+
+As in a plan: `"grid": {"type": "rule", "rule": "karras", "steps": 8, "options": {"rho": 5}}`.
+
+* **Ends.** A grid runs from the process's noisiest time to its cleanest, or from `first` to `last`. Flow matching has
+  no noise left at time 0, so it ends where diffusers' flow schedulers end. Infinite log-SNR counts as that of
+  alpha^2 = 2^-24, which is what diffusers puts at the end of a zero-terminal-SNR table.
+* **Whole timesteps.** Where the scheduler has a table of timesteps, diffusers' spacings, `quadratic`, `power` and
+  `align-your-steps` round (`linspace` on Euler's family does not, as in diffusers); the others give fractions. `round`
+  decides otherwise. A grid that would have a timestep twice is refused, with the number of steps that fit.
+* **Flow matching.** `leading`, `linspace`, `trailing`, `power` and `quadratic` space time before the shift and then
+  shift it, as the scheduler does by itself; where the pipeline computes the shift from the resolution (mu), give
+  `shift` (exp(mu)). The other rules place shifted times themselves, on sigma (`karras`, `exponential`, `beta`, as
+  diffusers) or on SNR (`logsnr-uniform`, `align-your-steps`). No shift comes on top of the list.
+* **EDM.** The rules that space time space the scheduler's own parameter, so that `linspace` is its own grid.
 """
 
 
@@ -38,6 +56,11 @@ class Row:
         """What the row is called."""
         flow = "use_flow_sigmas" in self.options
         return f"`{self.name}`" + (", `use_flow_sigmas`" if flow else "")
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The scheduler, to copy."""
+        return getattr(diffusers, self.name)(**self.options)
 
 
 def rows() -> list[Row]:
@@ -55,7 +78,7 @@ def rows() -> list[Row]:
 def refusal(row: Row, rule: str) -> str | None:
     """Why ``rule`` does not run on the scheduler of ``row``, or None when it does."""
     try:
-        run = Run(None, getattr(diffusers, row.name)(**row.options))
+        run = Run(None, copy.deepcopy(row.scheduler))
         RuleGrid(rule=rule, steps=STEPS).prepare(run, frozenset({"num_inference_steps"}))
         listed = run.timesteps or ()
         wrap_scheduler(run.scheduler, grid_adapter(run.scheduler, listed))
@@ -108,17 +131,12 @@ def _without_grid() -> str:
 
 
 def _rules() -> str:
-    lines = [
-        "## Rules",
-        "",
-        'As in a plan: `"grid": {"type": "rule", "rule": "karras", "steps": 8, "options": {"rho": 5}}`.',
-        "",
-    ]
+    lines = [RULES_HEAD]
     for name in RULES.names():
         own = (f"`{option}`{_default(field.default)}" for option, field in _own_first(RULES[name]).items())
         lines.append(f"* `{name}`: {(RULES[name].__doc__ or '').strip().split(chr(10))[0]} Options: {', '.join(own)}.")
-    lines += ["", "Options of more than one rule:", ""]
-    lines += [f"* `{option}`: {text}" for option, text in sorted(_shared().items())]
+    lines += ["", "Options:", ""]
+    lines += [f"* `{option}`: {text}" for option, text in sorted(_meanings().items())]
     return "\n".join(lines)
 
 
@@ -131,6 +149,6 @@ def _default(value: Any) -> str:
     return "" if value is None else f" ({value})"
 
 
-def _shared() -> dict[str, str]:
+def _meanings() -> dict[str, str]:
     every = [(option, field) for name in RULES.names() for option, field in RULES[name].model_fields.items()]
     return {option: field.description or "" for option, field in every}
