@@ -1,7 +1,7 @@
 """Explicit grids on the pseudo linear multi-step schedulers, PNDM and IPNDM.
 
 Both average past noise predictions with the weights of Adams and Bashforth for even steps, 55/24 and so on. Between
-uneven points those weights are wrong and the order falls to one; here they are those of the points given.
+rough points those weights are wrong and the order falls to one; here they are those of the points given.
 """
 
 from __future__ import annotations

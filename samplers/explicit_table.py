@@ -53,7 +53,11 @@ class EntryGrid(GridAdapter):
 @EXPLICIT.register("DDIMParallelScheduler")
 @EXPLICIT.register("DDIMScheduler")
 class StrideGrid(EntryGrid):
-    """DDIM (arXiv:2010.02502) steps ``num_train_timesteps // num_inference_steps`` entries down, here one."""
+    """DDIM (arXiv:2010.02502) steps ``num_train_timesteps // num_inference_steps`` entries down, here one.
+
+    With ``timestep_spacing='linspace'`` that stride is not the distance to the next timestep: diffusers' own run then
+    lands at one time and calls the network with another. As a list, those timesteps land where the next call is.
+    """
 
     def swapped(self) -> dict[str, Any]:
         return {"num_inference_steps": self.scheduler.config.num_train_timesteps}

@@ -54,7 +54,7 @@ class ExplicitGrid(Part):
     """
 
     type: Literal["explicit"] = "explicit"
-    timesteps: tuple[float, ...] = Field(min_length=1, description="Strictly decreasing, at least 0.")
+    timesteps: tuple[float, ...] = Field(min_length=1, description="Strictly decreasing.")
 
     @field_validator("timesteps")
     @classmethod
@@ -64,8 +64,6 @@ class ExplicitGrid(Part):
                 raise ValueError(f"timesteps must not repeat; got {after:g} twice, at index {index - 1} and {index}")
             if after > before:
                 raise ValueError(f"timesteps must decrease; got {before:g} before {after:g} at index {index}")
-        if timesteps[-1] < 0:
-            raise ValueError(f"timesteps must be at least 0; got {timesteps[-1]:g}")
         return timesteps
 
     @property

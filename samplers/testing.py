@@ -144,6 +144,8 @@ class ExplicitGridConformance:
             scale = process.scheduler_state_scale(float(t))
             output: Tensor = process.from_x0(point, x / scale, float(t))
             getattr(scheduler, "init_noise_sigma", None)  # the read says that x is in the scheduler's state space
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
             x = scheduler.step(output, t, x, return_dict=False)[0]
         left = 0.0 if self.stops is None else 5 * float(process.sigma(self.stops))
         torch.testing.assert_close(x, point, rtol=0, atol=2e-3 + left)
