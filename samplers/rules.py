@@ -70,7 +70,7 @@ class Rule(BaseModel):
             process = process.with_shift(self.shift)
         self._check_ends(process)
         times = self._made(process, steps)
-        if len(set(np.float32(times))) < steps:
+        if _distinct(times) < steps:
             self._refuse_repeats(process, steps)
         self._check(process, times)
         return tuple(times.tolist())
@@ -116,8 +116,8 @@ class Rule(BaseModel):
 
     def _refuse_repeats(self, process: Process, steps: int) -> None:
         """Raises for a grid that has a time twice, saying how many steps have none."""
-        distinct = len(set(np.float32(self._made(process, steps))))
-        fitting = (n for n in range(distinct, 0, -1) if len(set(np.float32(self._made(process, n)))) == n)
+        distinct = _distinct(self._made(process, steps))
+        fitting = (n for n in range(distinct, 0, -1) if _distinct(self._made(process, n)) == n)
         mend = ", or set the option 'round' to false" if self._rounding(process) else ""
         raise InputError(
             f"{steps} steps repeat a timestep; at most {next(fitting)} fit this rule here: ask for no more{mend}"
@@ -147,6 +147,11 @@ class Rule(BaseModel):
                 f"epsilon prediction is undefined at timestep {times[0]:g}, where the SNR is zero; use a v_prediction "
                 "or sample network, or a grid that starts later"
             )
+
+
+def _distinct(times: Floats) -> int:
+    """Number of times that differ in float32, as which schedulers tell them."""
+    return int(np.unique(times.astype(np.float32)).size)
 
 
 RULES: Registry[type[Rule]] = Registry("grid rule")
@@ -352,7 +357,7 @@ class Leading(Spacing):
         if self.offset is not None:
             raise InputError(f"only a table of timesteps has an offset; got {self.offset}: leave 'offset' out")
         start, end = axis.point(cleanest(process)), axis.point(self.noisiest(process))
-        return axis.times(start + order * ((end - start) / count))
+        return axis.times(np.asarray(start + order * ((end - start) / count), dtype=np.float64))
 
 
 @RULES.register("trailing")
@@ -364,7 +369,8 @@ class Trailing(Spacing):
     def _times(self, process: Process, steps: int) -> Floats:
         axis = Axis(process)
         length = axis.point(self.noisiest(process)) - axis.clean
-        return axis.times(axis.clean + (length - np.arange(steps) * (length / steps)))
+        left = np.asarray(length - np.arange(steps) * (length / steps), dtype=np.float64)
+        return axis.times(axis.clean + left)
 
     def _rounded(self, times: Floats, process: Process) -> Floats:
         """Rounds what is left to clean data, whose last half counts as a whole."""

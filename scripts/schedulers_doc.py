@@ -134,10 +134,14 @@ def _rules() -> str:
     lines = [RULES_HEAD]
     for name in RULES.names():
         own = (f"`{option}`{_default(field.default)}" for option, field in _own_first(RULES[name]).items())
-        lines.append(f"* `{name}`: {(RULES[name].__doc__ or '').strip().split(chr(10))[0]} Options: {', '.join(own)}.")
+        lines.append(f"* `{name}`: {_summary(RULES[name])} Options: {', '.join(own)}.")
     lines += ["", "Options:", ""]
     lines += [f"* `{option}`: {text}" for option, text in sorted(_meanings().items())]
     return "\n".join(lines)
+
+
+def _summary(rule: type[Rule]) -> str:
+    return (rule.__doc__ or "").strip().split("\n")[0].replace("``", "`")
 
 
 def _own_first(rule: type[Rule]) -> dict[str, Any]:
