@@ -98,10 +98,12 @@ class KarrasGrid(GridAdapter):
     def sigmas(self) -> NDArray[np.float64]:
         """sigma/alpha at the listed times: linear in the scheduler's table, which is what its own grids do."""
         if isinstance(self.process.schedule, EDMSchedule):
-            return self.process.sigma(self.timesteps).numpy()
+            exact: NDArray[np.float64] = self.process.sigma(self.timesteps).numpy()
+            return exact
         alphas: Tensor = self.scheduler.alphas_cumprod.cpu()
         table = ((1 - alphas) / alphas).sqrt().numpy()
-        return np.interp(self.timesteps.numpy(), np.arange(len(table)), table)
+        sigmas: NDArray[np.float64] = np.interp(self.timesteps.numpy(), np.arange(len(table)), table)
+        return sigmas
 
 
 @EXPLICIT.register("HeunDiscreteScheduler")

@@ -127,8 +127,8 @@ class ExplicitGridConformance:
 
     def test_tells_the_network_the_listed_times(self) -> None:
         """In their order; again, or with points of the scheduler's own between, where it evaluates more than once."""
-        listed = np.float32(self.grid).tolist()
-        told = np.float32(self._wrapped().timesteps).tolist()
+        listed: list[float] = torch.tensor(self.grid, dtype=torch.float32).tolist()
+        told: list[float] = self._wrapped().timesteps.float().tolist()
         assert list(dict.fromkeys(time for time in told if time in listed)) == listed
         assert told[0] == listed[0]
         assert told[-1] == listed[-1]
