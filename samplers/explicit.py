@@ -53,7 +53,10 @@ FACTS: dict[str, tuple[int | None, str]] = {
     "DEISMultistepScheduler": (2, _SMALLEST),
     "DPMSolverMultistepScheduler": (2, ""),
     "DPMSolverSDEScheduler": (None, f"{_STOCHASTIC}; {_MIDDLE}; needs torchsde"),
-    "DPMSolverSinglestepScheduler": (2, "the listed times include the intermediate points of its steps"),
+    "DPMSolverSinglestepScheduler": (
+        2,
+        "the listed times include the intermediate points of its steps; order 3 needs a smooth grid",
+    ),
     "EDMDPMSolverMultistepScheduler": (2, "times log(sigma)/4"),
     "EDMEulerScheduler": (1, "times log(sigma)/4"),
     "EulerAncestralDiscreteScheduler": (None, _STOCHASTIC),

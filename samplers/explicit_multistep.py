@@ -96,6 +96,10 @@ class PNDMGrid(GridAdapter):
         self.count += 1
         return SchedulerOutput(prev_sample=landed) if options.get("return_dict", True) else (landed,)
 
+    def add_noise(self, base: Callable[..., Tensor], sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noises to any time; diffusers' PNDM indexes a table and so knows whole timesteps only."""
+        return base(sample, noise, timesteps) if self.untouched else self.process.add_noise(sample, noise, timesteps)
+
     def _begin(self, time: float) -> None:
         """Notes whether the call starts at the first listed time; image-to-image starts inside and has no start-up."""
         first = abs(time - float(self.timesteps[0])) < 1e-3

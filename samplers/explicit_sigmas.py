@@ -30,8 +30,9 @@ class SigmaGrid(GridAdapter):
     """The DPM-Solver family. Where it stops (clean data, or its smallest noise level) is the scheduler's affair.
 
     The single-step solver evaluates the network once per listed time: the listed times inside one of its steps are
-    the intermediate points of that step, wherever they lie. DEIS and SA-Solver with flow sigmas stop at the last
-    listed time, as diffusers has it.
+    the intermediate points of that step, wherever they lie. Its third order needs them near the thirds of log-SNR, as
+    on any smooth grid of many steps; on a rough one it is second order. DEIS and SA-Solver with flow sigmas stop at
+    the last listed time, as diffusers has it.
     """
 
     def check_range(self, timesteps: tuple[float, ...]) -> None:

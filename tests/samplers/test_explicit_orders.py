@@ -76,6 +76,24 @@ def test_solvers_keep_their_order_on_a_rough_grid(name, order, options, ends):
     assert np.log2(errors[0] / errors[1]) > order - 0.5, errors
 
 
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+def test_singlestep_of_order_three_on_a_smooth_uneven_grid(solver_type):
+    errors = []
+    for steps in (24, 48):
+        scheduler = make(
+            "DPMSolverSinglestepScheduler", **LINEAR, **TO_SMALLEST, solver_order=3, solver_type=solver_type
+        )
+        process = Process.from_scheduler(scheduler)
+        start, end = (float(process.log_snr(time)) for time in (900.0, 0.0))
+        place = np.linspace(0, 1, steps + 1)[:-1] ** 1.3
+        grid = [float(process.time_of_log_snr(start + (end - start) * at)) for at in place]
+        x = wide_start(process, grid[0], (16, 4))
+        got = solve(explicit(scheduler, grid), grid, x, stop=0)
+        before, after = (process.alpha(t) ** 2 * VARIANCE + process.sigma(t) ** 2 for t in (900.0, 0.0))
+        errors.append(float((got - x * (after / before) ** 0.5).abs().max()))
+    assert np.log2(errors[0] / errors[1]) > 2.5, errors
+
+
 def test_the_listed_order_is_the_tested_one():
     tested = {}
     for name, order, _, _ in ORDERS:
@@ -232,13 +250,17 @@ def test_lcm_runs_more_times_than_it_was_distilled_with():
     assert trajectory(explicit(make("LCMScheduler"), grid), wavy).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["LCMScheduler", "SASolverScheduler", "TCDScheduler", "LMSDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"]
+)
 def test_noise_at_fractional_times(name):
     scheduler = explicit(make(name), (900.0, 400.5, 10.0))
     process = Process.from_scheduler(scheduler)
     x0, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
-    got = scheduler.add_noise(x0, noise, scheduler.timesteps[1:2].repeat(2))
-    expected = process.add_noise(x0, noise, 400.5) * process.scheduler_state_scale(400.5).float()
+    told = scheduler.timesteps[1:2]
+    assert float(told) % 1 > 0
+    got = scheduler.add_noise(x0, noise, told.repeat(2))
+    expected = process.add_noise(x0, noise, float(told)) * process.scheduler_state_scale(float(told)).float()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
