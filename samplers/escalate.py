@@ -30,7 +30,7 @@ NONE_ESCALATED = -1e300
 
 @MODELS.register("escalate")
 class Escalate(Part):
-    """Adaptive teacher-student collaboration (arXiv:2312.10835, Algorithm 1), per sample.
+    """Adaptive teacher-student collaboration (arXiv:2312.10835), per sample.
 
     The rest of the plan is the student. Its samples are scored; those below the threshold are noised again and
     finished by the teacher: another plan, on the pipeline's own network or, by a ``model-switch`` part of its own, on
@@ -195,7 +195,7 @@ def calibrate_escalation(
     pipe: Any,
     plan: Plan,
     scorer: Any,
-    call: Callable[[range], dict[str, Any]],
+    call: Callable[[Sequence[int]], dict[str, Any]],
     n: int,
     percentile: float = 50.0,
     *,
@@ -211,7 +211,7 @@ def calibrate_escalation(
         pipe: the pipeline.
         plan: a plan with an ``escalate`` part, whose threshold does not matter.
         scorer: what scores; see `fewstep.samplers.scoring.Scorer`.
-        call: arguments of the pipeline's call for the samples of a range of numbers, 0 to n, seeds included.
+        call: from the numbers of some samples, of 0 to n - 1, to the arguments of a call for them, seeds included.
         n: number of samples; 5000 in the paper.
         percentile: above 0 and below 100.
         batch_size: samples per call.

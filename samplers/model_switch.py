@@ -42,7 +42,7 @@ MUST_AGREE = (
 
 @MODELS.register("model-switch")
 class ModelSwitch(Part):
-    """Which network runs which steps: Hybrid SD (arXiv:2408.06646, Section 3.1), big first, small for the rest.
+    """Which network runs which steps: Hybrid SD (arXiv:2408.06646), big first, small for the rest.
 
     A network is ``self`` (the pipeline's own), one handed over with ``attach(..., resources={name: network})``, or a
     folder beside the plan. They share the scheduler, whose multistep history carries over, the autoencoder and the
