@@ -117,7 +117,7 @@ class _Escalation:
         count = count_samples(NAME, arguments)
         self._check_guidance(arguments)
         images = self.part.samples == "images"
-        output_type = arguments.get("output_type", self.defaults.get("output_type"))
+        output_type = str(arguments.get("output_type", self.defaults.get("output_type")))
         if images:
             refuse_without_images(NAME, output_type)
             arguments = arguments | {"output_type": "pt"}
@@ -143,11 +143,9 @@ class _Escalation:
 
     def _judged(self, samples: Tensor, conditions: Mapping[str, Any], sampling: Sampling) -> Tensor:
         """Scores, (B,), counted."""
-        if samples.is_cuda:
-            torch.cuda.synchronize(samples.device)
-        began = time.perf_counter()
+        began = _clock(samples)
         scores = score(self.scorer, samples, conditions)
-        work = Work(self.part.scorer, len(samples), 1, time.perf_counter() - began)
+        work = Work(self.part.scorer, len(samples), 1, _clock(samples) - began)
         sampling.add(Stats(0.0, 0, 0, (), True, work=(work,)))
         return scores
 
@@ -164,14 +162,21 @@ class _Escalation:
             torch.randn(landed.shape[1:], generator=g, device=g.device, dtype=landed.dtype).to(landed.device)
             for g in generators
         ]
-        began = time.perf_counter()
+        began = _clock(landed)
         output = self.teacher.run(call, Begin(landed[list(rows)], torch.stack(noise)))
-        seconds = time.perf_counter() - began
+        seconds = _clock(landed) - began
         stats = self.teacher.handle.stats
         assert stats is not None
         work = Work("teacher", len(rows), sum(step.evaluations for step in stats.steps), seconds)
         sampling.add(replace(stats, work=(*stats.work, work)))
         return output
+
+
+def _clock(like: Tensor) -> float:
+    """Seconds, once everything that the device of ``like`` was asked for is done."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
 
 
 def fresh_generators(given: Any, rows: Sequence[int], count: int) -> list[torch.Generator]:

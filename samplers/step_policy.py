@@ -98,4 +98,4 @@ def table_choices(table: Mapping[str, Sequence[float]], keys: Sequence[str]) -> 
     for key in keys:
         if key not in table:
             raise InputError(f"the adaptive-steps policy has no entry for {key!r}; it knows {', '.join(table)}")
-    return [max(range(len(table[key])), key=lambda choice, key=key: table[key][choice]) for key in keys]
+    return [max(range(len(table[key])), key=table[key].__getitem__) for key in keys]

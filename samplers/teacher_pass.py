@@ -7,6 +7,7 @@ one pass starts from is handed to the hooks of its call in the context that it r
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .attach import Attachment, attach
+from .attach import Attachment, PlanWarning, attach
 from .call import CallHook, Step
 from .errors import InputError
 from .network import Evaluation
@@ -61,7 +62,9 @@ class TeacherPass:
         if strength < 1:
             assert plan.grid is not None
             private["grid"] = _CutGrid(inner=plan.grid, strength=strength)
-        self.handle: Attachment = attach(self._pipe, plan.model_copy(update=private), resources)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlanWarning)  # whoever asks for the pass says it for both
+            self.handle: Attachment = attach(self._pipe, plan.model_copy(update=private), resources)
 
     @property
     def sets(self) -> frozenset[str]:

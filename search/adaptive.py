@@ -247,7 +247,7 @@ def reinforce(
         advantage = rewards[samples].gather(1, chosen) - baseline
         loss = -(advantage * log_policy.gather(1, chosen)).mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
 
 

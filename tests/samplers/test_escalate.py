@@ -15,8 +15,10 @@ from fewstep.samplers import (
     ExplicitGrid,
     InputError,
     Plan,
+    PlanWarning,
     Process,
     SpacingGrid,
+    TunedFor,
     attach,
 )
 from fewstep.samplers.escalate import NONE_ESCALATED, Escalate, calibrate_escalation, fresh_generators
@@ -185,6 +187,16 @@ def test_the_teacher_runs_another_network_at_another_guidance():
     assert handle.stats.rows_by_network == {"transformer": 8, "big": 4}
     assert [step.network for step in handle.stats.steps] == ["transformer"] * 2 + ["big"] * 2
     assert handle.stats.nfe == 6
+
+
+def test_a_teacher_for_other_weights_warns_once():
+    pipe = tiny_dit()
+    teacher = TEACHER.model_copy(update={"tuned_for": TunedFor(pipeline="FluxPipeline")})
+    with pytest.warns(PlanWarning) as caught, attach(pipe, plan_of(0.0, teacher=teacher), {"scorer": brightness}):
+        pass
+    assert [str(warning.message) for warning in caught] == [
+        "teacher of the escalate part: the plan was tuned for FluxPipeline, not for DiTPipeline"
+    ]
 
 
 def test_whatever_raises_the_pipeline_is_as_before():

@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_expected_reward():
     torch.testing.assert_close(-logits.grad.double(), expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_table_finds_the_best_choice_of_each_class(seed):
     draw = torch.Generator().manual_seed(seed)
     keys = [str(number % 4) for number in range(80)]
@@ -62,12 +62,12 @@ def test_the_table_finds_the_best_choice_of_each_class(seed):
     rewards = 0.3 * torch.randn(80, 5, generator=draw, dtype=torch.float64)
     for number in range(80):
         rewards[number, best[number % 4]] += 1.0
-    table = train_table(rewards, keys, PolicyTraining(iterations=400, lr=0.05, seed=seed))
+    table = train_table(rewards, keys, PolicyTraining(iterations=200, lr=0.1, seed=seed))
     for key in "0123":
         mean = rewards[[index for index in range(80) if keys[index] == key]].mean(0)
         assert max(range(5), key=table[key].__getitem__) == int(mean.argmax())
         assert torch.tensor(table[key]).softmax(0).max() > 0.8
-    again = train_table(rewards, keys, PolicyTraining(iterations=400, lr=0.05, seed=seed))
+    again = train_table(rewards, keys, PolicyTraining(iterations=200, lr=0.1, seed=seed))
     assert again == table
 
 
