@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from tiny import TINY, call_arguments, generators, tiny_dit, tiny_scheduler, tiny_unet
 
 from fewstep.samplers import (
@@ -33,9 +34,6 @@ class TestOnDiT(PartConformance):
 
     def call(self, pipe):
         return call_arguments(pipe)
-
-    def test_runs_the_same_twice_and_leaves_no_trace(self):
-        super().test_runs_the_same_twice_and_leaves_no_trace()
 
 
 class TestOnUNet(TestOnDiT):
@@ -155,15 +153,15 @@ def test_the_fit_is_the_papers_loop(mode, make, by_hand, call, shape):
     samples = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     pipe = make()
     plan = Plan(grid=FOUR)
-    options = {"iterations": 4, "batch": 3, "lr": 0.02, "seed": 5}
+    options = {"iterations": 3, "batch": 3, "lr": 0.02, "seed": 5}
     fitted = fit_aligner(pipe, plan, samples=samples, mode=mode, call=call, **options)
     by_loop = fitted_by_hand(by_hand(pipe), samples, mode, **options)
     np.testing.assert_allclose(fitted.conditioning.ratios, [*by_loop, 1.0], atol=2e-4)
     assert max(abs(ratio - 1) for ratio in by_loop) > 0.02
     again = fit_aligner(pipe, plan, samples=samples, mode=mode, call=call, **options)
     assert again == fitted
-    assert all(parameter.grad is None for part in pipe.components.values() if isinstance(part, torch.nn.Module)
-               for parameter in part.parameters())  # fmt: skip
+    network = getattr(pipe, "transformer", None) or pipe.unet
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
 
 
 def test_a_fit_says_what_it_is_for_and_leaves_the_pipeline_as_it_was():
@@ -186,20 +184,25 @@ def test_a_fit_says_what_it_is_for_and_leaves_the_pipeline_as_it_was():
         attach(pipe, fitted.model_copy(update={"solver": None})).detach()
 
 
-def test_a_fit_lowers_its_loss():
-    pipe, losses = tiny_unet(), []
-    samples = teacher_samples(pipe, Plan(grid=SpacingGrid(steps=10)), count=8, batch=4)
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_fit_finds_the_best_ratio_of_a_linear_network(mode, monkeypatch):
+    """A network that predicts the noise k(t) x: the noise is the same after the step where k(t r) solves a line."""
+    pipe = tiny_unet(scheduler=tiny_scheduler(prediction_type="epsilon"))
+
+    def answer(sample, timestep, **_):
+        k = 0.6 + 0.0004 * torch.as_tensor(timestep, dtype=torch.float32).expand(len(sample))
+        return UNet2DOutput(sample=k[:, None, None, None] * sample)
+
+    monkeypatch.setattr(pipe.unet, "forward", answer)
     plan = Plan(grid=SpacingGrid(steps=2, spacing="trailing"))
-    fit_aligner(
-        pipe,
-        plan,
-        samples=samples,
-        iterations=30,
-        batch=8,
-        lr=0.02,
-        progress=lambda done, total, loss: losses.append(loss),
-    )
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:2])
+    fitted = fit_aligner(pipe, plan, samples=torch.randn(4, 1, 8, 8), mode=mode, iterations=60, batch=4, lr=4e-3)
+    table = pipe.scheduler.alphas_cumprod.double()
+    (a, s), (a_next, s_next) = ((table[t].sqrt(), (1 - table[t]).sqrt()) for t in (999, 499))
+    carried, of_noise = a_next / a, s_next - s * a_next / a  # x_next = carried x + of_noise eps
+    best = ((0.6 + 0.0004 * 999) / (0.6 + 0.0004 * 499) - carried) / of_noise
+    ratio = float((best - 0.6) / 0.0004 / 999)
+    assert 0.97 < ratio < 0.99
+    assert fitted.conditioning.ratios == pytest.approx((ratio, 1.0), abs=1e-3)
 
 
 def test_guidance_of_the_plan_is_written_down_and_another_one_warns():
