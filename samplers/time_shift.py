@@ -1,4 +1,43 @@
-"""Time-shift sampler: each sample's network is told the time whose noise level the sample really has."""
+"""Time-shift sampler (arXiv:2305.15583): the network is told the time whose noise level each sample really has.
+
+After a step to t the sample's variance v is compared with the variances V_k that are expected at the train steps k
+within window // 2 of t, and the network is told argmin_k |v - V_k| instead of t. Steps to t <= cutoff, and the
+first evaluation, are not shifted. The solver's coefficients stay on the grid. What is compared:
+
+==============  ==========================  ================================
+criterion       v, over all but the batch   V_k
+==============  ==========================  ================================
+residual        Var(x - alpha_t x0)         sigma_k^2
+data-variance   Var(x)                      alpha_k^2 data_variance + sigma_k^2
+paper           Var(x)                      sigma_k^2
+==============  ==========================  ================================
+
+The paper's leaves out what the data add to the variance. Latents are scaled to unit variance: then Var(x) is about
+1 at every t, above every sigma_k^2, and the answer is the noisy end of the window whatever the sample. It is for
+data of small variance. ``data-variance`` corrects that where data_variance (of one image's values, averaged over
+images) is known, and is refused where it does not tell the times apart, as 1 does not. ``residual`` needs no
+knowledge: x0 is the prediction of the step that led here, guidance and clipping applied. A prediction of the noise
+has less variance than the noise, by its error, so it leans a little to the clean side.
+
+A variance of n values is known to a share of sqrt(2/n). Where the V_k of a window differ by less, as they do at
+noisy times, the answer is one end of it or the other by chance: on small images keep the window small.
+
+The released implementations differ from the paper and each other; as ``variant``:
+
+* ``deis``: a window of twice the width, and the first evaluation is shifted too.
+* ``adm``: not the told time but the landing of the DDIM step moves, by as much as the time found around the
+  *current* t, from the state before the step, is away from it. (The released code also lands one train step
+  further, by an index; not copied.) The cutoff is compared with the current t.
+* ``pndm``: the same with the window around the next t, where the landing is. Its higher-order solvers land by a
+  blend of several predictions that a scheduler does not show.
+
+Those two are exact for DDIM without noise (eta = 0), and refused on other solvers. The fourth one (DPM-Solver)
+takes the variance of the noise prediction, which is about 1 and so always ends at the noisy end, and steps a
+multistep solver between times of its own for each sample, which diffusers' cannot: it is left out.
+
+Solvers with several evaluations a step (Heun, KDPM2, PNDM's warm-up) are shifted at each of them: there too the
+state belongs to the listed time.
+"""
 
 from __future__ import annotations
 
@@ -44,42 +83,9 @@ VARIANTS = {
 
 @CONDITIONINGS.register("time-shift")
 class TimeShift(Part):
-    """Time-Shift Sampler (arXiv:2305.15583), for each sample on its own.
+    """Time-Shift Sampler (arXiv:2305.15583): the told time follows the variance of each sample, on its own.
 
-    After a step to t the sample's variance v is compared with the variances V_k that are expected at the train steps k
-    within window // 2 of t, and the network is told argmin_k |v - V_k| instead of t. Steps to t <= cutoff, and the
-    first evaluation, are not shifted. The solver's coefficients stay on the grid. What is compared:
-
-    ==============  ==========================  ================================
-    criterion       v, over all but the batch   V_k
-    ==============  ==========================  ================================
-    residual        Var(x - alpha_t x0)         sigma_k^2
-    data-variance   Var(x)                      alpha_k^2 data_variance + sigma_k^2
-    paper           Var(x)                      sigma_k^2
-    ==============  ==========================  ================================
-
-    The paper's leaves out what the data add to the variance. Latents are scaled to unit variance: then Var(x) is about
-    1 at every t, above every sigma_k^2, and the answer is the noisy end of the window whatever the sample. It is for
-    data of small variance. ``data-variance`` corrects that where data_variance (of one image's values, averaged over
-    images) is known, and is refused where it does not tell the times apart, as 1 does not. ``residual`` needs no
-    knowledge: x0 is the prediction of the step that led here, guidance and clipping applied. A prediction of the noise
-    has less variance than the noise, by its error; so it leans to the clean side late in sampling: set the cutoff.
-
-    The released implementations differ from the paper and each other; as ``variant``:
-
-    * ``deis``: a window of twice the width, and the first evaluation is shifted too.
-    * ``adm``: not the told time but the landing of the DDIM step moves, by as much as the time found around the
-      *current* t, from the state before the step, is away from it. (The released code also lands one train step
-      further, by an index; not copied.) The cutoff is compared with the current t.
-    * ``pndm``: the same with the window around the next t, where the landing is. Its higher-order solvers land by a
-      blend of several predictions that a scheduler does not show.
-
-    Those two are exact for DDIM without noise (eta = 0), and refused on other solvers. The fourth one (DPM-Solver)
-    takes the variance of the noise prediction, which is about 1 and so always ends at the noisy end, and steps a
-    multistep solver between times of its own for each sample, which diffusers' cannot: it is left out.
-
-    Solvers with several evaluations a step (Heun, KDPM2, PNDM's warm-up) are shifted at each of them: there too the
-    state belongs to the listed time.
+    The module says what is compared, and where the variants depart from the paper.
     """
 
     type: Literal["time-shift"] = "time-shift"
