@@ -1,4 +1,25 @@
-"""ReDi (arXiv:2302.02285) for fresh seeds: retrieve how a trajectory goes on, and keep the noise of this one."""
+"""ReDi (arXiv:2302.02285) for fresh seeds: retrieve how a trajectory goes on, and keep the noise of this one.
+
+Measured on the demo ``fashion-dit`` (512 fresh seeds, DPM-Solver++, 5 steps at guidance 1.75, fd_fashion and
+recall_fashion, 2,000 trajectories in 4 MB). It does not help at equal evaluations:
+
+=============================================================================  ============  =============
+how                                                                            fd            recall
+=============================================================================  ============  =============
+5 steps from 999, evenly spaced                                                13.6 +- 1.0   0.71 +- 0.03
+5 steps from 800, evenly spaced                                                 9.6 +- 0.8   0.78 +- 0.02
+999, 899, 799, then 199, 99, without retrieval                                 33.1 +- 1.1   0.35 +- 0.03
+the same with this part                                                        12.9 +- 1.1   0.75 +- 0.02
+the same, the retrieved state copied                                           12.5 +- 0.8   0.71 +- 0.02
+a random trajectory of the class from 199 on: 2 steps, nothing retrieved       10.0 +- 0.7   0.72 +- 0.02
+released form, one noise for all seeds (10 steps, an image a class)           122.6 +- 0.7   0.00
+with 200 trajectories: this part                                               16.8 +- 1.0   0.55 +- 0.03
+with 200 trajectories: the retrieved state copied                              17.9 +- 1.0   0.41 +- 0.03
+=============================================================================  ============  =============
+
+Against the five even steps the paired difference of fd is -0.7 +- 1.0, and five steps of a better grid beat both. A
+copied state replays the knowledge base, and its variety is that of the base; with its own noise a trajectory keeps more.
+"""
 
 from __future__ import annotations
 
@@ -140,23 +161,23 @@ class _Retrieval(CallHook):
     def retrieved(self, key: Tensor, rows: int) -> Tensor:
         """The clean samples that the nearest trajectories predicted later, (rows, ...) of the dtype of ``key``.
 
-        Several are weighted as in arXiv:2302.02285, equation 6: the weighted keys come nearest to this one.
+        Several are weighted as in arXiv:2302.02285: the weighted keys come nearest to this one.
         """
         index = self.base.nearest(key, self._classes(rows), self.part.neighbours)
         found = self.base.values[index].float()
         if self.part.neighbours == 1:
             return found[:, 0].to(key.dtype)
         keys = self.base.keys[index].float().flatten(2)
-        weights = key.float().flatten(1)[:, None] @ torch.linalg.pinv(keys)
-        return (weights @ found.flatten(2)).reshape(key.shape).to(key.dtype)
+        weights = torch.bmm(key.float().flatten(1)[:, None], torch.linalg.pinv(keys))
+        return torch.bmm(weights, found.flatten(2)).reshape(key.shape).to(key.dtype)
 
     def _classes(self, rows: int) -> Tensor | None:
         """The class of each row: of the branches of guidance, the one whose labels the knowledge base has."""
         if self.part.condition is None:
             return None
         assert self.base.labels is not None
-        for branch in (part for labels in self.labels for part in labels.split(rows)):
+        for branch in (part for labels in self.labels for part in torch.split(labels, rows)):
             if len(branch) == rows and bool(torch.isin(branch, self.base.labels).all()):
                 return branch
-        seen = torch.cat(self.labels).unique().tolist()
+        seen = sorted(set(torch.cat(self.labels).tolist()))
         raise InputError(f"the knowledge base does not have all classes of this call, {seen}; build it with them")
