@@ -1,8 +1,8 @@
 """Analytic-Init (arXiv:2406.15735): an early start from the Gaussian that is nearest to the true marginal.
 
-On the demo ``fashion-dit`` (512 seeds, 5 steps of DPM-Solver++) the early start helps and the Gaussian does not, because
-alpha_M is 0.04 at M = 800: fd_fashion is 13.6 +- 1.0 from 999, 9.6 +- 0.8 from 800 with unit noise, 9.9 +- 0.8 from 800
-with this part.
+On the demo ``fashion-dit`` (512 seeds, 5 steps of DPM-Solver++) the early start helps and the Gaussian does not, for
+alpha_M is 0.04 at M = 800: fd_fashion is 13.6 +- 1.0 from 999, 9.6 +- 0.8 from 800 with unit noise, and 9.9 +- 0.8
+from 800 with this part.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ with 200 trajectories: the retrieved state copied                              1
 =============================================================================  ============  =============
 
 Against the five even steps the paired difference of fd is -0.7 +- 1.0, and five steps of a better grid beat both. A
-copied state replays the knowledge base, and its variety is that of the base; with its own noise a trajectory keeps more.
+copied state replays the knowledge base, and its variety is the base's; with its own noise a trajectory keeps more.
 """
 
 from __future__ import annotations
