@@ -107,11 +107,12 @@ def sampling_config(
         components: what `component_prints` gave for this pipeline, to save doing it again.
     """
     module = next(iter(component_modules(pipe).values()))
+    files = plan.file_digests()
     return SamplingConfig(
         pipe=spec,
         pipe_class=type(pipe).__name__,
         components=component_prints(pipe) if components is None else components,
-        plan=plan.to_json(),
+        plan=plan.to_json() | ({"files": files} if files else {}),
         call_kwargs=dict(call_kwargs),
         conditions=conditions.to_json(),
         dtype=str(next(module.parameters()).dtype).removeprefix("torch."),

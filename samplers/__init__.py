@@ -1,43 +1,74 @@
 """Running a sampling plan on a stock diffusers pipeline."""
 
+from .adaptive_steps import AdaptiveSteps
+from .aligner import Aligner
+from .analytic_init import AnalyticInit, StartStatistics, estimate_start_statistics
 from .attach import Attachment, PlanWarning, attach, denoisers
+from .build_knowledge import build_knowledge_base
 from .call import Call, CallHook, Step
+from .epsilon_scaling import EpsilonScaling
 from .errors import InputError
+from .escalate import Escalate, calibrate_escalation
+from .explicit import ExplicitSupport, explicit_support
 from .fingerprint import fingerprint
 from .grid import ExplicitGrid, SpacingGrid
 from .guidance import ConstantGuidance
 from .guidance_schedule import GuidanceSchedule
+from .knowledge import KnowledgeBase
+from .model_switch import ModelSwitch
 from .network import Evaluation
 from .part import Part, Run, Sampling
 from .plan import Plan
 from .process import Process
 from .provenance import Evidence, TunedFor
+from .redi import ReDi
+from .rule_grid import RuleGrid
+from .scoring import Scorer
 from .solver import DiffusersSolver
-from .stats import Stats, StepRecord
+from .stats import Stats, StepRecord, Work
+from .time_shift import TimeShift
 
 __all__ = [
+    "AdaptiveSteps",
+    "Aligner",
+    "AnalyticInit",
     "Attachment",
     "Call",
     "CallHook",
     "ConstantGuidance",
     "DiffusersSolver",
+    "EpsilonScaling",
+    "Escalate",
     "Evaluation",
     "Evidence",
     "ExplicitGrid",
+    "ExplicitSupport",
     "GuidanceSchedule",
     "InputError",
+    "KnowledgeBase",
+    "ModelSwitch",
     "Part",
     "Plan",
     "PlanWarning",
     "Process",
+    "ReDi",
+    "RuleGrid",
     "Run",
     "Sampling",
+    "Scorer",
     "SpacingGrid",
+    "StartStatistics",
     "Stats",
     "Step",
     "StepRecord",
+    "TimeShift",
     "TunedFor",
+    "Work",
     "attach",
+    "build_knowledge_base",
+    "calibrate_escalation",
     "denoisers",
+    "estimate_start_statistics",
+    "explicit_support",
     "fingerprint",
 ]

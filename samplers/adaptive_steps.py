@@ -88,6 +88,11 @@ class AdaptiveSteps(Part):
         """The call's argument that the policy looks at."""
         return self.condition or ("class_labels" if self.policy is None else "prompt_embeds")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return () if self.policy is None else (self.policy,)
+
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Prepares each grid on a scheduler of its own, and decides over the run's calls.
 

@@ -125,6 +125,11 @@ class AnalyticInit(Part):
         description="Start statistics beside the plan (StartStatistics.save), if they are not handed to attach.",
     )
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return (self.file,)
+
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Reads the statistics and adds the hook; the scheduler refuses to noise an image from here on.
 

@@ -85,6 +85,11 @@ class ModelSwitch(Part):
                 raise ValueError(f"folder {name!r} is for no network of this part; it has {list(self.networks)}")
         return self
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return tuple(self.folders.values())
+
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Finds and checks the networks and adds the hook.
 

@@ -163,7 +163,7 @@ class Evaluation:
             )
         dtype = told.dtype if told.is_floating_point() else torch.float32
         unit = time_unit(self.time, float(told.reshape(-1)[0]), type(self.network).__name__)
-        value = unit(times.to(self.x.device, torch.float64)).to(dtype)
+        value = unit(times).to(self.x.device, dtype)
         return self.with_inputs(**{self.time_name: value})
 
 

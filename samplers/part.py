@@ -143,6 +143,11 @@ class Part(BaseModel):
 
     type: str
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return ()
+
     @abstractmethod
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Writes into ``run`` what this part asks for.

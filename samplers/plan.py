@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,6 +54,19 @@ class Plan(BaseModel):
     def folder(self) -> Path | None:
         """The folder of the file that the plan was loaded from, where the files that it names are."""
         return self._folder
+
+    def file_digests(self) -> dict[str, str]:
+        """sha256 of the files that the parts read, by name; those that are not there (handed over instead) left out."""
+        if self.folder is None:
+            return {}
+        found: dict[str, str] = {}
+        for name in (name for part in self.parts for name in part.files):
+            path = self.folder / name
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        found[str(file.relative_to(self.folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return found
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same, wherever they were loaded from."""

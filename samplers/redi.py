@@ -70,6 +70,11 @@ class ReDi(Part):
     )
     max_bytes: int = Field(default=1 << 30, ge=HEADER_BYTES, description="A larger file is refused.")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return (self.file,)
+
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Reads the knowledge base, compares it with the grid and the weights, and adds the hook.
 

@@ -16,6 +16,7 @@ Subclass in a pytest file and give the factories; every test below then runs on 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from abc import abstractmethod
 from typing import Any
@@ -31,6 +32,7 @@ from .explicit import grid_adapter
 from .part import Part, Run, Slot
 from .plan import Plan
 from .process import Process
+from .samples import count_samples, select_samples
 from .wrapped import wrap_scheduler
 
 
@@ -109,6 +111,45 @@ class PartConformance:
         np.testing.assert_array_equal(images[0], images[1])
         assert np.isfinite(images[0]).all()
         np.testing.assert_array_equal(pipe(**self.call(pipe)).images, plain)
+
+    def test_a_batch_is_the_stack_of_single_runs(self) -> None:
+        """Up to rounding: a matrix product of another size may add in another order."""
+        pipe = self.pipe()
+        count = count_samples("conformance", self.call(pipe))
+        assert count > 1, "call() must ask for several samples"
+        with attach(pipe, self.plan(), self.resources()):
+            together = pipe(**self.call(pipe)).images
+            for row in range(count):
+                alone = pipe(**select_samples("conformance", self.call(pipe), [row], count)).images
+                np.testing.assert_allclose(alone[0], together[row], rtol=0, atol=1e-4)
+
+    def test_the_global_generator_is_left_alone(self) -> None:
+        pipe, resources = self.pipe(), self.resources()
+        state, images = torch.get_rng_state(), []
+        try:
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                before = torch.get_rng_state()
+                with attach(pipe, self.plan(), resources):
+                    images.append(pipe(**self.call(pipe)).images)
+                assert torch.equal(torch.get_rng_state(), before)
+        finally:
+            torch.set_rng_state(state)
+        np.testing.assert_array_equal(images[0], images[1])
+
+    def test_works_with_and_without_guidance(self) -> None:
+        """On a pipeline that takes a guidance scale, unless the part or the call sets one."""
+        pipe = self.pipe()
+        guided = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+        if slot_of(self.part()) == "guidance" or not guided or "guidance_scale" in self.call(pipe):
+            return
+        rows = []
+        for scale in (1.0, 3.0):
+            with attach(pipe, self.plan(), self.resources()) as handle:
+                assert np.isfinite(pipe(**self.call(pipe), guidance_scale=scale).images).all()
+            assert handle.stats is not None
+            rows.append(handle.stats.rows)
+        assert rows[1] > rows[0]
 
 
 class ExplicitGridConformance:

@@ -13,12 +13,14 @@ from ..eval.commandline import HelpFormatter, exit_status
 from .bench_command import bench_parser, run_bench_command
 from .plans_command import add_plans_actions, plans_parser, run_plans_command
 from .sample_command import run_sample_command, sample_parser
+from .search_command import add_search_actions, run_search_command, search_parser
 
 PROGRAM = "fewstep"
 
 COMMANDS: dict[str, Callable[[Namespace, str], None]] = {
     "bench": run_bench_command,
     "sample": run_sample_command,
+    "search": run_search_command,
     "plans": run_plans_command,
 }
 "Every command, and what runs it with its parsed flags and the command line."
@@ -36,6 +38,9 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
     commands.add_subcommand("bench", bench_parser(), help="score and time plans beside diffusers' own samplers")
     commands.add_subcommand("sample", sample_parser(), help="make a grid of images with a plan")
+    search = search_parser()
+    commands.add_subcommand("search", search, help="fit a part of a plan to a pipeline")
+    add_search_actions(search)
     plans = plans_parser()
     commands.add_subcommand("plans", plans, help="list, show and validate plans")
     add_plans_actions(plans)

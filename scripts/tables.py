@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusers.utils import logging as diffusers_logging
+
 from ..eval.assets import demo_names
 from ..eval.features import FEATURE_NETS
 from ..samplers import Plan
@@ -59,6 +61,7 @@ def renewed(readme: str) -> str:
 
 def main() -> None:
     """Writes the three files of the checkout."""
+    diffusers_logging.set_verbosity_error()  # every scheduler is built in turn, some with options that they correct
     write_text(ROOT / "README.md", renewed((ROOT / "README.md").read_text(encoding="utf-8")))
     write_json(ROOT / "samplers" / "plan.schema.json", Plan.model_json_schema())
     write_text(ROOT / "docs" / "schedulers.md", schedulers_doc.document())

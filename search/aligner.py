@@ -54,7 +54,7 @@ def fit_aligner(
         pipe: the pipeline, with no plan attached; as it was afterwards.
         plan: a plan with a grid; a conditioning that it has is replaced.
         samples: (N, ...) clean samples as the network sees them: latents, or images in [-1, 1]; real ones or what
-            `teacher_samples` gives.
+            `fewstep.samplers.recording.clean_samples` gives.
         mode: which states a ratio is learned on.
         iterations: gradient steps for each ratio.
         batch: samples in each.
@@ -110,36 +110,6 @@ def fit_aligner(
     return plan.model_copy(update={"conditioning": part, "tuned_for": TunedFor(**(known | here))})
 
 
-def teacher_samples(
-    pipe: Any, plan: Plan, *, count: int, batch: int = 32, seed: int = 0, call: Call | None = None
-) -> Tensor:
-    """Clean samples that the pipeline makes by a plan, as its network sees them.
-
-    Args:
-        pipe: the pipeline, with no plan attached.
-        plan: how to sample; many steps.
-        count: how many.
-        batch: at a time.
-        seed: sample i starts from a generator seeded with seed + i.
-        call: arguments of the pipeline for some of the samples; not needed where it takes a batch_size.
-
-    Returns:
-        (count, ...) on the CPU.
-    """
-    call = call or _batch_size_call(pipe)
-    watch = _Watch()
-    probe = _Probe(inner=plan.conditioning, watch=watch)
-    found = []
-    with _quiet(pipe), attach(pipe, plan.model_copy(update={"conditioning": probe})):
-        for first in range(0, count, batch):
-            index = list(range(first, min(first + batch, count)))
-            watch.trial = _Trial()
-            pipe(**_arguments(call(index), seed, index))
-            assert watch.trial.landed is not None
-            found.append(watch.trial.landed[: len(index)].cpu())
-    return torch.cat(found)
-
-
 class _Reached(Exception):
     """The last step that was to be seen."""
 
@@ -158,7 +128,6 @@ class _Trial:
         replay: outputs of the network by step and evaluation, given instead of running it.
         outputs: what the network returned, by step and evaluation.
         eps: (B, ...) the predicted noise by step, guidance applied.
-        landed: (B, ...) where the last step that was taken ended.
     """
 
     stop: int | None = None
@@ -170,7 +139,6 @@ class _Trial:
     replay: Mapping[tuple[int, int], Any] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Any] = field(default_factory=dict)
     eps: dict[int, Tensor] = field(default_factory=dict)
-    landed: Tensor | None = None
 
 
 @dataclass
@@ -189,8 +157,7 @@ class _Probe(Part):
     watch: Any
 
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
-        if self.inner is not None:
-            self.inner.prepare(run, known_arguments)
+        self.inner.prepare(run, known_arguments)
         self.watch.run, process = run, run.process
         run.hooks.append(lambda: _Watching(self.watch.trial, process))
 
@@ -222,9 +189,6 @@ class _Watching(CallHook):
         trial.eps[step.index] = step.process.to_eps(predicted(step), step.x, step.time)
         if step.index == trial.stop:
             raise _Reached
-
-    def after_step(self, step: Step) -> None:
-        self.trial.landed = step.x_next
 
     def _noised(self, like: Tensor, time: float) -> Tensor:
         """The noised samples in the rows, dtype and device of ``like``."""

@@ -17,7 +17,7 @@ from fewstep.eval.record import (
     run_path,
     sampling_config,
 )
-from fewstep.samplers import InputError, Plan, attach
+from fewstep.samplers import InputError, Plan, StartStatistics, attach
 
 CONDITIONS = Conditions("labels", (0, 1))
 PLAN = {
@@ -33,6 +33,19 @@ def config(plan=None, pipe=None, kwargs=None, conditions=CONDITIONS, seed=0, spe
     return sampling_config(
         pipe or tiny_dit(), spec, Plan.from_json(PLAN | (plan or {})), conditions, kwargs or {}, seed
     )
+
+
+def test_hash_is_of_the_files_that_a_plan_reads(tmp_path):
+    """A plan names its statistics by file; another file of that name is another configuration."""
+    start = PLAN | {"start": {"type": "analytic-init", "file": "start.safetensors"}}
+    (tmp_path / "plan.json").write_text(json.dumps(start))
+
+    def hash_with(variance):
+        StartStatistics(torch.zeros(4, 4, 4), variance, 10, "").save(tmp_path / "start.safetensors")
+        return sampling_config(tiny_dit(), "x", Plan.load(tmp_path / "plan.json"), CONDITIONS, {}, 0).hash
+
+    assert hash_with(0.5) == hash_with(0.5)
+    assert hash_with(0.5) != hash_with(0.6)
 
 
 def test_hash_is_of_what_moves_a_sample():

@@ -18,7 +18,7 @@ from fewstep.samplers import (
 )
 from fewstep.samplers.aligner import Aligner
 from fewstep.samplers.testing import PartConformance
-from fewstep.search.aligner import fit_aligner, teacher_samples
+from fewstep.search.aligner import fit_aligner
 
 RATIOS = (1.01, 0.98, 1.03, 0.95)
 TIMES = (999, 749, 499, 249)
@@ -215,17 +215,6 @@ def test_guidance_of_the_plan_is_written_down_and_another_one_warns():
     assert fitted.conditioning.guidance == 2.5
     with pytest.warns(PlanWarning, match=r"were fitted at guidance 2\.5, not at 4; fit them again"):
         attach(pipe, fitted.model_copy(update={"guidance": ConstantGuidance(scale=4)})).detach()
-
-
-def test_teacher_samples_are_what_the_pipeline_makes():
-    pipe = tiny_unet()
-    plan = Plan(grid=SpacingGrid(steps=3))
-    samples = teacher_samples(pipe, plan, count=5, batch=2, seed=7)
-    with attach(pipe, plan):
-        images = pipe(batch_size=5, generator=generators(5, 7), output_type="np").images
-    np.testing.assert_allclose((samples / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), images, atol=1e-6)
-    latents = teacher_samples(tiny_dit(), plan, count=3, batch=3, call=labelled)
-    assert latents.shape == (3, 4, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,272 @@
+"""``fewstep search``: plans whose parts are fitted to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from torch import Tensor
+
+from ..eval.assets import Dtype, load_pipeline
+from ..eval.bench import process_state
+from ..eval.commandline import Flag, options_parser, read_options
+from ..eval.conditions import Conditions, conditions_for
+from ..eval.options import pipeline_arguments
+from ..eval.progress import meter
+from ..eval.scorers import SCORERS
+from ..samplers import DiffusersSolver, Plan, SpacingGrid, denoisers
+from ..samplers.analytic_init import AnalyticInit, estimate_start_statistics
+from ..samplers.build_knowledge import build_knowledge_base
+from ..samplers.errors import InputError
+from ..samplers.escalate import Escalate, calibrate_escalation
+from ..samplers.recording import clean_samples
+from ..samplers.redi import ReDi
+from ..search.adaptive import RewardRule, search_adaptive
+from ..search.aligner import fit_aligner
+
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The flags that every search has."""
+
+    pipe: Annotated[str, Flag("Pipeline folder, or a demo such as demo:fashion-dit.", "PATH|demo:NAME")] = (
+        "demo:fashion-dit"
+    )
+    plan: Annotated[Path | None, Flag("Plan file: everything but the part that is searched.", "FILE")] = None
+    out: Annotated[Path, Flag("Plan file to write; files that it names go beside it.", "FILE")] = Path("plan.json")
+    n: Annotated[int, Flag("Number of samples to fit on.")] = 512
+    seed: Annotated[int, Flag("Seed of the first sample; fit on others than you score.")] = 1_000_000
+    prompts: Annotated[Path | None, Flag("Text file with one prompt a line.", "FILE")] = None
+    class_labels: Annotated[
+        tuple[int, ...], Flag("Labels to cycle through; default: all of the pipeline's.", "LABEL")
+    ] = ()
+    call_kwargs: Annotated[tuple[str, ...], Flag("Further arguments of the pipeline's call.", "KEY=VALUE")] = ()
+    device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
+    dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
+    download: Annotated[bool, Flag("Whether weights may be fetched from a hub.")] = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"--n must be at least 1; got {self.n}")
+        if self.out.suffix.lower() != ".json":
+            raise InputError(f"--out {self.out} is not a plan file; give a name that ends in .json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignerOptions(FitOptions):
+    """The flags of ``fewstep search aligner``."""
+
+    mode: Annotated[Literal["sequential", "parallel"], Flag("Which states a ratio is learned on.")] = "sequential"
+    iterations: Annotated[int, Flag("Gradient steps for each step of the plan.")] = 500
+    lr: Annotated[float, Flag("Learning rate.")] = 2e-3
+    teacher: Annotated[Path | None, Flag("Plan that samples what is fitted on; default: 50 steps of DDIM.", "FILE")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(FitOptions):
+    """The flags of a search with a judge."""
+
+    scorer: Annotated[Literal["class", "clip"], Flag("Who judges a sample.")] = "class"
+    net: Annotated[str, Flag("Feature net of the class scorer.")] = "fashion-features"
+    net_path: Annotated[Path | None, Flag("Its folder; for clip a CLIP folder.", "PATH")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveOptions(JudgedOptions):
+    """The flags of ``fewstep search adaptive``."""
+
+    steps: Annotated[tuple[int, ...], Flag("Numbers of steps to choose from.", "N")] = (4, 6, 8, 10)
+    top: Annotated[int, Flag("How many of a sample's best choices count as good.")] = 2
+    weight: Annotated[float, Flag("Worth of one unit of the score, beside the share of steps saved.")] = 1.0
+    penalty: Annotated[float, Flag("Taken off for a choice that is not good.")] = 1.0
+    spacing: Annotated[Literal["leading", "linspace", "trailing"], Flag("Of the steps.")] = "trailing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EscalateOptions(JudgedOptions):
+    """The flags of ``fewstep search escalate``."""
+
+    teacher: Annotated[Path | None, Flag("Plan, with a grid, that finishes rejected samples.", "FILE")] = None
+    strength: Annotated[float, Flag("Share of the teacher's grid that runs on a rejected sample.")] = 0.7
+    percentile: Annotated[float, Flag("Per cent of the samples to reject.")] = 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(FitOptions):
+    """The flags of ``fewstep search start``."""
+
+    teacher: Annotated[Path | None, Flag("Plan that samples what is measured; default: 50 steps of DDIM.", "FILE")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeOptions(FitOptions):
+    """The flags of ``fewstep search knowledge``; the plan has a redi part."""
+
+
+ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
+    "aligner": (AlignerOptions, "fit the times that the network is told"),
+    "adaptive": (AdaptiveOptions, "train a policy that picks the number of steps for each condition"),
+    "escalate": (EscalateOptions, "find the score below which a teacher finishes a sample"),
+    "start": (StartOptions, "measure the Gaussian from which a late start samples"),
+    "knowledge": (KnowledgeOptions, "collect the trajectories that a redi part looks up"),
+}
+
+
+def search_parser() -> ArgumentParser:
+    """The parser of ``fewstep search``, still without its actions."""
+    return ArgumentParser(description="Fit a part of a plan to a pipeline.", exit_on_error=False)
+
+
+def add_search_actions(parser: ArgumentParser) -> None:
+    """Adds the actions of ``fewstep search``, which jsonargparse wants after their parser was added itself."""
+    commands = parser.add_subcommands(dest="action", metavar="ACTION", required=True)
+    for name, (options, text) in ACTIONS.items():
+        commands.add_subcommand(name, options_parser(options, f"{text[0].upper()}{text[1:]}."), help=text)
+
+
+def run_search_command(parsed: Namespace, command: str) -> None:
+    """Runs the chosen search and writes its plan, complete or not at all."""
+    options = read_options(ACTIONS[parsed.action][0], parsed[parsed.action])
+    setting = Setting.of(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with meter(setting.console, shown=True) as bar:
+        bar.doing(parsed.action)
+        shown = 0
+
+        def progress(done: int, total: int, loss: float | None = None) -> None:
+            nonlocal shown
+            if not shown:
+                bar.expect(total)
+            bar.advance(done - shown)
+            shown = done
+
+        plan = RUN[parsed.action](setting, options, progress)
+    plan.model_copy(update={"name": plan.name or options.out.stem}).save(options.out)
+    setting.console.print(str(options.out), highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every search works with."""
+
+    pipe: Any
+    plan: Plan
+    conditions: Conditions
+    call_kwargs: dict[str, Any]
+    seed: int
+    console: Console
+
+    @classmethod
+    def of(cls, options: FitOptions) -> Setting:
+        """Loads the pipeline and the plan of the options."""
+        plan = Plan.load(options.plan) if options.plan else Plan()
+        device = options.device or str(process_state(None).device)
+        pipe = load_pipeline(options.pipe, dtype=options.dtype, device=device, download=options.download)
+        conditions = conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
+        call_kwargs = pipeline_arguments(pipe, options.call_kwargs)
+        return cls(pipe, plan, conditions, call_kwargs, options.seed, Console())
+
+    def call(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Arguments of a call for some samples, by number, seeds included."""
+        generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
+        return self.conditions.inputs(numbers) | self.call_kwargs | {"generator": generators}
+
+    def samples(self, n: int, teacher: Path | None, guidance: Any) -> Tensor:
+        """Clean samples (n, ...) as the network sees them, made by a teacher's plan."""
+        plan = Plan.load(teacher) if teacher else _fifty_steps(guidance)
+        numbers = [range(first, min(first + BATCH, n)) for first in range(0, n, BATCH)]
+        calls = (self.call(some) | {"output_type": "np"} for some in numbers)
+        return torch.cat([x.cpu() for x in clean_samples(self.pipe, plan, calls)])
+
+
+def _fifty_steps(guidance: Any) -> Plan:
+    solver = DiffusersSolver(scheduler="DDIMScheduler")
+    return Plan(solver=solver, grid=SpacingGrid(steps=50, spacing="trailing"), guidance=guidance)
+
+
+Run = Callable[[Setting, Any, Callable[..., None]], Plan]
+
+
+def _aligner(setting: Setting, options: AlignerOptions, progress: Callable[..., None]) -> Plan:
+    samples = setting.samples(options.n, options.teacher, setting.plan.guidance)
+    return fit_aligner(
+        setting.pipe,
+        setting.plan,
+        samples=samples,
+        mode=options.mode,
+        iterations=options.iterations,
+        batch=min(BATCH, options.n),
+        lr=options.lr,
+        seed=options.seed,
+        call=lambda numbers: setting.conditions.inputs(numbers) | setting.call_kwargs,
+        progress=progress,
+    )
+
+
+def _adaptive(setting: Setting, options: AdaptiveOptions, progress: Callable[..., None]) -> Plan:
+    return search_adaptive(
+        setting.pipe,
+        setting.plan,
+        [SpacingGrid(steps=steps, spacing=options.spacing) for steps in sorted(options.steps)],
+        SCORERS[options.scorer].load(options.net, options.net_path),
+        setting.call,
+        options.n,
+        options.out.parent,
+        reward=RewardRule(options.top, options.weight, options.penalty),
+        batch_size=BATCH,
+        progress=progress,
+    )
+
+
+def _escalate(setting: Setting, options: EscalateOptions, progress: Callable[..., None]) -> Plan:
+    if options.teacher is None:
+        raise InputError("--teacher is needed: a plan, with a grid, that finishes rejected samples")
+    part = Escalate(teacher=Plan.load(options.teacher).to_json(), strength=options.strength, threshold=0.0)
+    return calibrate_escalation(
+        setting.pipe,
+        setting.plan.model_copy(update={"models": part}),
+        SCORERS[options.scorer].load(options.net, options.net_path),
+        setting.call,
+        options.n,
+        options.percentile,
+        batch_size=BATCH,
+    )
+
+
+def _start(setting: Setting, options: StartOptions, progress: Callable[..., None]) -> Plan:
+    samples = setting.samples(options.n, options.teacher, setting.plan.guidance)
+    part = AnalyticInit(file=f"{options.out.stem}.start.safetensors")
+    network = next(iter(denoisers(setting.pipe).values()))
+    estimate_start_statistics(samples, network).save(options.out.with_name(part.file))
+    return setting.plan.model_copy(update={"start": part})
+
+
+def _knowledge(setting: Setting, options: KnowledgeOptions, progress: Callable[..., None]) -> Plan:
+    if not isinstance(setting.plan.start, ReDi):
+        raise InputError("--plan is needed: a plan whose start is a redi part")
+    part = setting.plan.start.model_copy(update={"file": f"{options.out.stem}.knowledge.safetensors"})
+    plan = setting.plan.model_copy(update={"start": part})
+    numbers = [range(first, min(first + BATCH, options.n)) for first in range(0, options.n, BATCH)]
+    calls = (setting.call(some) | {"output_type": "np"} for some in numbers)
+    build_knowledge_base(setting.pipe, plan, calls).save(options.out.with_name(part.file))
+    return plan
+
+
+RUN: dict[str, Run] = {
+    "aligner": _aligner,
+    "adaptive": _adaptive,
+    "escalate": _escalate,
+    "start": _start,
+    "knowledge": _knowledge,
+}
