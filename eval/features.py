@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..samplers.registry import Registry
 _KIND = "fewstep feature statistics 1"
 
 
+@runtime_checkable
 class FeatureNet(Protocol):
     """A network whose output is scored.
 
@@ -49,6 +50,7 @@ class FeatureNet(Protocol):
         """Features float32 (B, dim), on the CPU, of ``images`` uint8 (B, C, H, W)."""
 
 
+@runtime_checkable
 class Classifier(FeatureNet, Protocol):
     """A feature net that also names the class."""
 

@@ -38,7 +38,7 @@ class ClassScorer:
             InputError: when the net does not classify.
         """
         loaded = load_feature_net(net, path)
-        if not hasattr(loaded, "class_logits"):
+        if not isinstance(loaded, Classifier):
             raise InputError(f"--net {net} does not classify; use fashion-features, or --scorer clip")
         return cls(loaded)
 
