@@ -124,7 +124,7 @@ class Call:
     def generator_of(self, rows: int) -> Any:
         """The call's generator for a batch in which the samples may be stacked several times."""
         if isinstance(self.generator, list) and self.generator:
-            return self.generator * (rows // len(self.generator))
+            return self.generator * max(1, rows // len(self.generator))
         return self.generator
 
     def begin_step(self, step: Step) -> None:

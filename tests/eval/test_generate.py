@@ -203,8 +203,11 @@ def test_noise_outside_the_generators_is_noticed_and_leaves_the_global_generator
 
 
 def test_unseeded_noise_is_a_warning_of_the_shard(tmp_path):
-    images = make(tmp_path, 2, pipe=tiny_dit(DDPMScheduler()))
-    (shard,) = images.shards()
+    (shard,) = make(tmp_path / "seeded", 2, pipe=tiny_dit(DDPMScheduler())).shards()
+    assert not shard.warnings, "with a plan attached the solver's noise comes from the images' generators"
+    pipe = tiny_dit()
+    pipe.transformer.proj_out_2.register_forward_hook(lambda module, given, output: output + torch.randn_like(output))
+    (shard,) = make(tmp_path / "unseeded", 2, pipe=pipe).shards()
     assert any("depend on the batch size" in warning for warning in shard.warnings)
 
 
