@@ -194,7 +194,7 @@ def test_plans_are_listed_shown_and_validated(demo, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "toy/quick" in shown
     assert "toy/reference" in shown
-    assert "explicit, spacing" in shown
+    assert "explicit, rule, spacing" in shown
     assert main(["plans", "show", "toy/quick"]) == 0
     assert json.loads(capsys.readouterr().out)["grid"]["timesteps"] == [900, 400]
     assert main(["plans", "validate", "toy/quick", "toy/reference"]) == 0
