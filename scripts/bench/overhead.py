@@ -45,8 +45,9 @@ GRID = ExplicitGrid(timesteps=tuple(999.0 - 100 * step for step in range(STEPS))
 def parts_of(pipe: Any) -> dict[str, tuple[Part, dict[str, Any]]]:
     """Parts by name, each with what it asks for."""
     network = next(iter(denoisers(pipe).values()))
-    size = network.config.sample_size
-    mean = torch.zeros(network.config.in_channels, size, size)
+    config: Any = network.config
+    size = config.sample_size
+    mean = torch.zeros(config.in_channels, size, size)
     return {
         "time-shift": (TimeShift(window=40, cutoff=0), {}),
         "aligner": (Aligner(ratios=(0.999,) * (STEPS - 1) + (1.0,)), {}),
