@@ -40,12 +40,14 @@ def test_hash_is_of_the_files_that_a_plan_reads(tmp_path):
     start = PLAN | {"start": {"type": "analytic-init", "file": "start.safetensors"}}
     (tmp_path / "plan.json").write_text(json.dumps(start))
 
-    def hash_with(variance):
-        StartStatistics(torch.zeros(4, 4, 4), variance, 10, "").save(tmp_path / "start.safetensors")
+    def hash_now():
         return sampling_config(tiny_dit(), "x", Plan.load(tmp_path / "plan.json"), CONDITIONS, {}, 0).hash
 
-    assert hash_with(0.5) == hash_with(0.5)
-    assert hash_with(0.5) != hash_with(0.6)
+    StartStatistics(torch.zeros(4, 4, 4), 0.5, 10, "").save(tmp_path / "start.safetensors")
+    first = hash_now()
+    assert hash_now() == first
+    StartStatistics(torch.zeros(4, 4, 4), 0.6, 10, "").save(tmp_path / "start.safetensors")
+    assert hash_now() != first
 
 
 def test_hash_is_of_what_moves_a_sample():
