@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,9 @@ class EntryGrid(GridAdapter):
             raise InputError(f"timesteps {timesteps.tolist()} are not on the plan's grid {grid.tolist()}")
         return len(grid) - 1 - near.argmin(dim=1)
 
+    @abstractmethod
     def swapped(self) -> dict[str, Any]:
         """Further attributes of the scheduler while it steps: what makes it step one entry down."""
-        raise NotImplementedError
 
 
 @EXPLICIT.register("CogVideoXDDIMScheduler")
