@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,15 +60,21 @@ class FitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignerOptions(FitOptions):
+class TaughtOptions(FitOptions):
+    """The flags of a search on samples that a teacher makes."""
+
+    teacher: Annotated[Path | None, Flag("Plan that samples what is fitted on; default: 50 steps of DDIM.", "FILE")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignerOptions(TaughtOptions):
     """The flags of ``fewstep search aligner``."""
 
     mode: Annotated[Literal["sequential", "parallel"], Flag("Which states a ratio is learned on.")] = "sequential"
     iterations: Annotated[int, Flag("Gradient steps for each step of the plan.")] = 500
     lr: Annotated[float, Flag("Learning rate.")] = 2e-3
-    teacher: Annotated[Path | None, Flag("Plan that samples what is fitted on; default: 50 steps of DDIM.", "FILE")] = (
-        None
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +107,8 @@ class EscalateOptions(JudgedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions(FitOptions):
+class StartOptions(TaughtOptions):
     """The flags of ``fewstep search start``."""
-
-    teacher: Annotated[Path | None, Flag("Plan that samples what is measured; default: 50 steps of DDIM.", "FILE")] = (
-        None
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +187,12 @@ class Setting:
     def samples(self, n: int, teacher: Path | None, guidance: Any) -> Tensor:
         """Clean samples (n, ...) as the network sees them, made by a teacher's plan."""
         plan = Plan.load(teacher) if teacher else _fifty_steps(guidance)
-        numbers = [range(first, min(first + BATCH, n)) for first in range(0, n, BATCH)]
-        calls = (self.call(some) | {"output_type": "np"} for some in numbers)
-        return torch.cat([x.cpu() for x in clean_samples(self.pipe, plan, calls)])
+        return torch.cat([x.cpu() for x in clean_samples(self.pipe, plan, self.calls(n))])
+
+    def calls(self, n: int) -> Iterator[dict[str, Any]]:
+        """Arguments of the calls for samples 0 to n - 1, a batch each."""
+        for first in range(0, n, BATCH):
+            yield self.call(range(first, min(first + BATCH, n))) | {"output_type": "np"}
 
 
 def _fifty_steps(guidance: Any) -> Plan:
@@ -257,9 +262,7 @@ def _knowledge(setting: Setting, options: KnowledgeOptions, progress: Callable[.
         raise InputError("--plan is needed: a plan whose start is a redi part")
     part = setting.plan.start.model_copy(update={"file": f"{options.out.stem}.knowledge.safetensors"})
     plan = setting.plan.model_copy(update={"start": part})
-    numbers = [range(first, min(first + BATCH, options.n)) for first in range(0, options.n, BATCH)]
-    calls = (setting.call(some) | {"output_type": "np"} for some in numbers)
-    build_knowledge_base(setting.pipe, plan, calls).save(options.out.with_name(part.file))
+    build_knowledge_base(setting.pipe, plan, setting.calls(options.n)).save(options.out.with_name(part.file))
     return plan
 
 
