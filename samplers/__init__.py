@@ -3,8 +3,10 @@
 from .adaptive_steps import AdaptiveSteps
 from .aligner import Aligner
 from .analytic_init import AnalyticInit, StartStatistics, estimate_start_statistics
-from .attach import Attachment, PlanWarning, attach, denoisers
+from .attach import Attachment, PlanWarning, attach
 from .build_knowledge import build_knowledge_base
+from .cache import CACHES, CachePart
+from .cache_call import CacheHook, Memory, Passing
 from .call import Call, CallHook, Step
 from .epsilon_scaling import EpsilonScaling
 from .errors import InputError
@@ -16,7 +18,7 @@ from .guidance import ConstantGuidance
 from .guidance_schedule import GuidanceSchedule
 from .knowledge import KnowledgeBase
 from .model_switch import ModelSwitch
-from .network import Evaluation
+from .network import Evaluation, denoisers
 from .part import Part, Run, Sampling
 from .plan import Plan
 from .process import Process
@@ -25,14 +27,17 @@ from .redi import ReDi
 from .rule_grid import RuleGrid
 from .scoring import Scorer
 from .solver import DiffusersSolver
-from .stats import Stats, StepRecord, Work
+from .stats import ModuleRows, Stats, StepRecord, Work
 from .time_shift import TimeShift
 
 __all__ = [
+    "CACHES",
     "AdaptiveSteps",
     "Aligner",
     "AnalyticInit",
     "Attachment",
+    "CacheHook",
+    "CachePart",
     "Call",
     "CallHook",
     "ConstantGuidance",
@@ -46,8 +51,11 @@ __all__ = [
     "GuidanceSchedule",
     "InputError",
     "KnowledgeBase",
+    "Memory",
     "ModelSwitch",
+    "ModuleRows",
     "Part",
+    "Passing",
     "Plan",
     "PlanWarning",
     "Process",

@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from .call import Call
 from .errors import InputError
 from .explicit import grid_adapter
 from .explicit_base import GridAdapter
-from .network import listening
+from .network import denoisers, listening
 from .part import Run
 from .plan import Plan
 from .stats import Counter, Stats, count_images
@@ -31,23 +29,6 @@ from .wrapped import SchedulerState, wrap_scheduler
 
 class PlanWarning(UserWarning):
     """A plan that runs, but not as it was measured."""
-
-
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that predict noise, by component name.
-
-    Raises:
-        InputError: when there is none.
-    """
-    names = ("unet", "transformer", "prior", "denoiser", "decoder_unet")
-    found = {
-        name: part
-        for name, part in pipe.components.items()
-        if isinstance(part, nn.Module) and (name in names or name.startswith(("unet_", "transformer_")))
-    }
-    if not found:
-        raise InputError(f"{type(pipe).__name__} has no denoiser that fewstep knows; looked for {', '.join(names)}")
-    return found
 
 
 def attach(pipe: Any, plan: Plan, resources: Mapping[str, Any] | None = None) -> Attachment:
@@ -205,10 +186,11 @@ class Attachment:
         """
         hooks = tuple(make() for make in self._run.hooks)
         generator = self._signature.bind_partial(self._pipe, *args, **kwargs).arguments.get("generator")
-        call = Call(self._denoisers, self._scheduler, hooks, self._process, generator, counter)
+        caches = tuple(make() for make in self._run.caches)
+        call = Call(self._denoisers, self._scheduler, hooks, self._process, generator, counter, caches)
         self._state.begin(call, grid)
         try:
-            with listening(self._denoisers.values(), call):
+            with listening(call.modules, call):
                 return self._class.__call__(self._pipe, *args, **kwargs)
         finally:
             self._state.begin(None)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import denoisers
 from .call import CallHook, Step
 from .errors import InputError
 from .fingerprint import fingerprint
 from .grid import ExplicitGrid
 from .knowledge import HEADER_BYTES, KnowledgeBase, class_labels, same_time
-from .network import Evaluation
+from .network import Evaluation, denoisers
 from .part import Run
 from .plan import Plan
 from .recording import record

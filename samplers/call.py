@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from .branches import Branches
+from .cache_call import CacheHook, Inside
 from .network import Evaluation, batch_rows, named_inputs, run_network
 from .process import Process
 from .stats import Counter
@@ -70,6 +73,7 @@ class Call:
         hooks: what the parts do.
         process: the forward process; None where there are no hooks.
         generator: the call's generator, or one for each sample: for pipelines that give the scheduler none.
+        caches: what the plan's caches do, beneath the hooks.
     """
 
     networks: Mapping[str, nn.Module]
@@ -78,34 +82,55 @@ class Call:
     process: Process | None = None
     generator: Any = None
     counter: Counter = field(default_factory=Counter)
+    caches: Sequence[CacheHook] = ()
     _index: int | None = None
     _ordinal: int = 0
+    _branches: Branches = field(default_factory=Branches)
 
-    def listens_to(self, network: nn.Module) -> bool:
-        """Whether ``network`` is one of the pipeline's denoisers."""
-        return any(network is mine for mine in self.networks.values())
+    def __post_init__(self) -> None:
+        self._watched = {id(module): (cache, name) for cache in self.caches for name, module in cache.modules.items()}
 
-    def evaluate(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation that the pipeline asks for: through the hooks, to the network."""
-        component = next(name for name, mine in self.networks.items() if mine is network)
-        if not self.hooks:
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """All modules whose calls this one wants to see."""
+        yield from self.networks.values()
+        for cache in self.caches:
+            yield from cache.modules.values()
+
+    def listens_to(self, module: nn.Module) -> bool:
+        """Whether ``module`` is one of the pipeline's denoisers."""
+        return any(module is mine for mine in self.networks.values())
+
+    def evaluate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation that the pipeline asks for: through the hooks and the caches, to the network."""
+        component = next(name for name, mine in self.networks.items() if mine is module)
+        if not self.hooks and not self.caches:
             self.counter.evaluation(batch_rows({str(i): value for i, value in enumerate(args)} | kwargs), component)
-            return run_network(network, args, kwargs)
+            return run_network(module, args, kwargs)
         index = self.position()
-        time = float(self.scheduler.timesteps[index])
-        inputs = named_inputs(network, args, kwargs)
-        evaluation = Evaluation(component, network, inputs, index, self._ordinal, time)
+        inputs = named_inputs(module, args, kwargs)
+        branch = self._branches.of(component, inputs, self._ordinal)
+        evaluation = Evaluation(component, module, inputs, index, self._ordinal, self._time(index), branch)
         self._ordinal += 1
         return self._proceed(0)(evaluation)
 
+    def _time(self, index: int) -> float:
+        times = getattr(self.scheduler, "timesteps", None)
+        return float(times[index]) if times is not None and index < len(times) else math.nan
+
     def _proceed(self, depth: int) -> Callable[[Evaluation], Any]:
-        if depth == len(self.hooks):
+        through = (*self.hooks, *self.caches)
+        if depth == len(through):
             return self._run
-        return lambda evaluation: self.hooks[depth].evaluate(evaluation, self._proceed(depth + 1))
+        return lambda evaluation: through[depth].evaluate(evaluation, self._proceed(depth + 1))
 
     def _run(self, evaluation: Evaluation) -> Any:
         self.counter.evaluation(evaluation.rows, evaluation.component)
-        return run_network(evaluation.network, (), evaluation.inputs)
+        inside = Inside(self._watched, evaluation, self.counter) if self._watched else None
+        output = run_network(evaluation.network, (), evaluation.inputs, inside)
+        if self.caches:
+            self.counter.held(sum(cache.held_bytes() for cache in self.caches))
+        return output
 
     def position(self, timestep: Any = None) -> int:
         """Position in the scheduler's timesteps of the step that is being taken.

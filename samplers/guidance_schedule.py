@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -258,6 +258,7 @@ def _is_stacked(x: Tensor) -> bool:
 def _half(evaluation: Evaluation, branches: _Branches) -> Evaluation:
     """The conditional rows of a stacked evaluation."""
     rows = evaluation.rows
+    kept = torch.arange(rows) if evaluation.kept is None else torch.tensor(evaluation.kept)
 
     def halved(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -268,6 +269,5 @@ def _half(evaluation: Evaluation, branches: _Branches) -> Evaluation:
             return type(value)(halved(item) for item in value)
         return value
 
-    return evaluation.with_inputs(
-        **{name: halved(value) for name, value in evaluation.inputs.items() if name not in NOT_BATCHED}
-    )
+    inputs = {name: halved(value) for name, value in evaluation.inputs.items() if name not in NOT_BATCHED}
+    return replace(evaluation.with_inputs(**inputs), kept=tuple(branches.cond_half(kept).tolist()))

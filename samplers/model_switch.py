@@ -13,12 +13,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from .attach import denoisers
 from .call import CallHook
 from .errors import InputError, unknown_name
 from .files import read_json
 from .models import MODELS
-from .network import Evaluation
+from .network import Evaluation, denoisers
 from .part import Part, Run
 
 SELF = "self"

@@ -1,12 +1,13 @@
 """Network evaluations of a running call, seen and changed without touching the network.
 
-For the length of a call the denoiser gets a subclass of its own class whose ``__call__`` asks the call that runs in
-this context. Hooks, compiled forwards and offloading of the network stay beneath it; another thread that uses the
-same network meanwhile runs it as it is.
+For the length of a call the denoiser, and the blocks in it that a cache watches, get subclasses of their own classes
+whose ``__call__`` asks the call that runs in this context. Hooks, compiled forwards and offloading of the module stay
+beneath it; another thread that uses the same network meanwhile runs it as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,13 +26,13 @@ TIME_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 
 
 class Listener(Protocol):
-    """What sees the evaluations of the networks that it names."""
+    """What sees the calls of the modules that it names."""
 
-    def listens_to(self, network: nn.Module) -> bool:
-        """Whether evaluations of ``network`` are to be handed over."""
+    def listens_to(self, module: nn.Module) -> bool:
+        """Whether calls of ``module`` are to be handed over."""
 
-    def evaluate(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs, changes or replaces one evaluation."""
+    def evaluate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs, changes or replaces one call."""
 
 
 LISTENER: ContextVar[Listener | None] = ContextVar("fewstep_listener", default=None)
@@ -39,11 +40,28 @@ LISTENER: ContextVar[Listener | None] = ContextVar("fewstep_listener", default=N
 
 _LOCK = threading.Lock()
 _USERS: dict[int, int] = {}
-"How many running calls have swapped the class of a network, by its id."
-
+"How many running calls have swapped the class of a module, by its id."
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-"Of each class of networks, the one that listens."
+"Of each class of modules, the one that listens."
+
+DENOISERS = ("unet", "transformer", "prior", "denoiser", "decoder_unet")
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that predict noise, by component name.
+
+    Raises:
+        InputError: when there is none.
+    """
+    found = {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and (name in DENOISERS or name.startswith(("unet_", "transformer_")))
+    }
+    if not found:
+        raise InputError(f"{type(pipe).__name__} has no denoiser that fewstep knows; looked for {', '.join(DENOISERS)}")
+    return found
 
 
 def _listening(base: type[nn.Module]) -> type[nn.Module]:
@@ -62,34 +80,43 @@ def _listening(base: type[nn.Module]) -> type[nn.Module]:
 
 
 @contextmanager
-def listening(networks: Iterable[nn.Module], listener: Listener) -> Iterator[None]:
-    """Hands the evaluations of ``networks`` in this context to ``listener`` until the block ends."""
-    networks = tuple(networks)
+def listening(modules: Iterable[nn.Module], listener: Listener) -> Iterator[None]:
+    """Hands the calls of ``modules`` in this context to ``listener`` until the block ends."""
+    modules = tuple(modules)
     with _LOCK:
-        for network in networks:
-            _USERS[id(network)] = _USERS.get(id(network), 0) + 1
-            if _USERS[id(network)] == 1:
-                network.__class__ = _listening(type(network))
+        for module in modules:
+            _USERS[id(module)] = _USERS.get(id(module), 0) + 1
+            if _USERS[id(module)] == 1:
+                module.__class__ = _listening(type(module))
     token = LISTENER.set(listener)
     try:
         yield
     finally:
         LISTENER.reset(token)
         with _LOCK:
-            for network in networks:
-                _USERS[id(network)] -= 1
-                if not _USERS[id(network)]:
-                    del _USERS[id(network)]
-                    network.__class__ = type(network).__mro__[1]
+            for module in modules:
+                _USERS[id(module)] -= 1
+                if not _USERS[id(module)]:
+                    del _USERS[id(module)]
+                    module.__class__ = type(module).__mro__[1]
 
 
-def run_network(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs ``network`` itself, whoever listens."""
-    token = LISTENER.set(None)
+def run_network(
+    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inside: Listener | None = None
+) -> Any:
+    """Runs ``network`` itself, whoever listens to it; ``inside`` listens to the modules in it meanwhile."""
+    token = LISTENER.set(inside)
     try:
         return network(*args, **kwargs)
     finally:
         LISTENER.reset(token)
+
+
+def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs ``module`` itself past its listener, who goes on listening to the modules in it."""
+    swapped = type(module)
+    base = swapped.__mro__[1] if _CLASSES.get(swapped.__mro__[1]) is swapped else swapped
+    return base.__call__(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,9 @@ class Evaluation:
         index: position of the step in the scheduler's timesteps.
         ordinal: 0 for the first evaluation of the step, 1 for the second.
         time: the step's timestep, in the scheduler's units.
+        branch: which of the pipeline's branches of guidance this is, where it evaluates them in turn; 0 where it
+            stacks them, or has one.
+        kept: which rows of the pipeline's batch these are; None for all of them.
     """
 
     component: str
@@ -111,6 +141,8 @@ class Evaluation:
     index: int
     ordinal: int
     time: float
+    branch: int = 0
+    kept: tuple[int, ...] | None = None
 
     @property
     def state_name(self) -> str:
@@ -185,11 +217,16 @@ def time_unit(time: float, told: float, network: str) -> Callable[[Tensor], Tens
 def named_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a forward pass by name, in the order of the signature."""
     inner = getattr(network, "_orig_mod", network)
-    bound = inspect.signature(type(inner).forward).bind(inner, *args, **kwargs)
+    bound = _forward_signature(type(inner)).bind(inner, *args, **kwargs)
     inputs = dict(bound.arguments)
     inputs.pop(next(iter(inputs)))
     inputs.update(inputs.pop("kwargs", {}))
     return inputs
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
 
 
 def _named(inputs: dict[str, Any], names: tuple[str, ...], network: nn.Module, what: str) -> str:

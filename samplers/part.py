@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
+from torch import nn
 
+from .cache_call import CacheHook
 from .call import CallHook
 from .errors import InputError
 from .explicit_base import GridAdapter
@@ -57,6 +59,7 @@ class Run:
         hooks: makers of what the parts do during a call; each is asked for a fresh one at the start of a call. An
             evaluation goes through the hooks in this order.
         arounds: what decides over whole calls, outermost first.
+        caches: makers of what the caches do during a call, as with hooks; they are beneath all hooks.
         resources: objects that the user handed to ``attach`` by name, such as networks.
         folder: the folder of the plan's file, where files that it names are; None for a plan that was not loaded.
         warnings: sentences the user should read.
@@ -68,9 +71,28 @@ class Run:
     call_arguments: dict[str, Any] = field(default_factory=dict)
     hooks: list[Callable[[], CallHook]] = field(default_factory=list)
     arounds: list[Around] = field(default_factory=list)
+    caches: list[Callable[[], CacheHook]] = field(default_factory=list)
     resources: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    _claimed: dict[int, str] = field(default_factory=dict)
+
+    def claim(self, part: str, modules: Mapping[str, nn.Module]) -> None:
+        """Notes that a cache decides about some modules.
+
+        Args:
+            part: the cache, as the user knows it.
+            modules: by name.
+
+        Raises:
+            InputError: when another one does already.
+        """
+        for name, module in modules.items():
+            if id(module) in self._claimed:
+                raise InputError(
+                    f"the {self._claimed[id(module)]} and the {part} cache both decide about {name}; keep one of them"
+                )
+        self._claimed |= {id(module): part for module in modules.values()}
 
     @property
     def process(self) -> Process:
@@ -162,21 +184,29 @@ class Part(BaseModel):
 
 
 class Slot:
-    """Annotation of a plan's field: it holds None, or a part of ``registry`` that its ``type`` names."""
+    """Annotation of a plan's field: it holds None, or a part of ``registry`` that its ``type`` names.
 
-    def __init__(self, registry: Registry[type[Part]]) -> None:
+    Args:
+        registry: of the parts.
+        many: whether the field holds a list of them; a part by itself stands for a list of one.
+    """
+
+    def __init__(self, registry: Registry[type[Part]], many: bool = False) -> None:
         self.registry = registry
+        self.many = many
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            self._validate,
+            self._validate_many if self.many else self._validate,
             serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda part: None if part is None else part.model_dump()
+                lambda value: [part.model_dump() for part in value] if self.many else value and value.model_dump()
             ),
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         parts = [self.registry[name].model_json_schema() for name in self.registry.names()]
+        if self.many:
+            return {"type": "array", "items": {"oneOf": parts}}
         return {"oneOf": [*parts, {"type": "null"}]}
 
     def _validate(self, value: Any) -> Part | None:
@@ -185,6 +215,13 @@ class Slot:
         if not isinstance(value, dict) or "type" not in value:
             raise InputError(f"a {self.registry.what} is an object with a 'type'; got {value!r}")
         return self.registry[str(value["type"])].model_validate(value)
+
+    def _validate_many(self, value: Any) -> tuple[Part, ...]:
+        if isinstance(value, Part):
+            return (value,)
+        if not isinstance(value, list | tuple):
+            raise InputError(f"a list of {self.registry.what}s is expected; got {value!r}")
+        return tuple(part for part in map(self._validate, value) if part is not None)
 
 
 class Record(BaseModel):

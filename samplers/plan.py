@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from .cache import CACHES
 from .conditioning import CONDITIONINGS
 from .correction import CORRECTIONS
 from .errors import InputError, unknown_name
@@ -45,6 +46,9 @@ class Plan(BaseModel):
         default=None, description="What is done to the network's output."
     )
     models: Annotated[Part | None, Slot(MODELS)] = Field(default=None, description="Which network runs which steps.")
+    caches: Annotated[tuple[Part, ...], Slot(CACHES, many=True)] = Field(
+        default=(), description="What is not computed again, step by step."
+    )
     tuned_for: TunedFor | None = Field(default=None, description="What it was made on.")
     evidence: tuple[Evidence, ...] = Field(default=(), description="What was measured.")
 
@@ -80,7 +84,8 @@ class Plan(BaseModel):
     def parts(self) -> tuple[Part, ...]:
         """The parts that are there, in the order in which they are applied."""
         values = (getattr(self, name) for name in type(self).model_fields)
-        return tuple(value for value in values if isinstance(value, Part))
+        lists = (value if isinstance(value, tuple) else (value,) for value in values)
+        return tuple(part for parts in lists for part in parts if isinstance(part, Part))
 
     @property
     def nominal_steps(self) -> int | None:

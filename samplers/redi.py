@@ -30,13 +30,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .attach import denoisers
 from .call import CallHook, Step
 from .errors import InputError
 from .fingerprint import fingerprint
 from .history import forget_history
 from .knowledge import HEADER_BYTES, KnowledgeBase, class_labels, same_time
-from .network import Evaluation
+from .network import Evaluation, denoisers
 from .part import Part, Run
 from .start import STARTS
 

@@ -44,6 +44,21 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleRows:
+    """What a cache made of one module in one call.
+
+    Attributes:
+        calls: forward passes of the module; of some of the rows each, where the cache decides by row.
+        run: rows that ran.
+        skipped: rows that were answered from the cache.
+    """
+
+    calls: int = 0
+    run: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """One call of the pipeline.
 
@@ -56,6 +71,9 @@ class Stats:
         warnings: what the user should know about this plan on this pipeline.
         rows_by_network: ``rows`` by network: the pipeline's own by component name, others by the plan's name.
         work: what parts of the plan spent besides the steps; the rows of a teacher are in ``rows`` too.
+        modules: of each module that a cache decides about, by component, a dot, and name, what was run and skipped. A
+            module within one that is skipped is not asked and counts neither.
+        cache_bytes: most bytes that the caches kept at once.
     """
 
     nfe: float
@@ -66,6 +84,8 @@ class Stats:
     warnings: tuple[str, ...] = ()
     rows_by_network: Mapping[str, int] = field(default_factory=dict)
     work: tuple[Work, ...] = ()
+    modules: Mapping[str, ModuleRows] = field(default_factory=dict)
+    cache_bytes: int = 0
 
 
 @dataclass
@@ -76,6 +96,8 @@ class Counter:
     steps: list[StepRecord] = field(default_factory=list)
     rows_by_network: dict[str, int] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
+    modules: dict[str, ModuleRows] = field(default_factory=dict)
+    cache_bytes: int = 0
     _rows_of_step: int = 0
     _evaluations_of_step: int = 0
     _network_of_step: str = ""
@@ -87,6 +109,16 @@ class Counter:
         self._rows_of_step += rows
         self._evaluations_of_step += 1
         self._network_of_step = network
+
+    def module(self, name: str, run: int, skipped: int, calls: int | None = None) -> None:
+        """Counts rows of a module that a cache ran and skipped, in one forward pass unless ``calls`` says otherwise."""
+        before = self.modules.get(name, ModuleRows())
+        calls = int(run > 0) if calls is None else calls
+        self.modules[name] = ModuleRows(before.calls + calls, before.run + run, before.skipped + skipped)
+
+    def held(self, size: int) -> None:
+        """Notes the bytes that the caches keep now."""
+        self.cache_bytes = max(self.cache_bytes, size)
 
     def step(self, timestep: Any) -> None:
         """Closes one step of the scheduler."""
@@ -102,12 +134,23 @@ class Counter:
         self.work.extend(stats.work)
         for network, rows in stats.rows_by_network.items():
             self.rows_by_network[network] = self.rows_by_network.get(network, 0) + rows
+        for name, module in stats.modules.items():
+            self.module(name, module.run, module.skipped, module.calls)
+        self.held(stats.cache_bytes)
 
     def stats(self, images: int, finished: bool, warnings: tuple[str, ...]) -> Stats:
         """The finished count."""
-        nfe = self.rows / images if images else 0.0
         return Stats(
-            nfe, self.rows, images, tuple(self.steps), finished, warnings, dict(self.rows_by_network), tuple(self.work)
+            nfe=self.rows / images if images else 0.0,
+            rows=self.rows,
+            images=images,
+            steps=tuple(self.steps),
+            finished=finished,
+            warnings=warnings,
+            rows_by_network=dict(self.rows_by_network),
+            work=tuple(self.work),
+            modules=dict(self.modules),
+            cache_bytes=self.cache_bytes,
         )
 
 

@@ -1,0 +1,81 @@
+"""The caches: what is not computed again, step by step. What they do during a call is in `cache_call`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+from torch import nn
+
+from .cache_call import CacheHook
+from .errors import InputError
+from .network import denoisers
+from .part import Part, Run
+from .registry import Registry
+
+CACHES: Registry[type[Part]] = Registry("cache type")
+
+
+class CachePart(Part):
+    """A cache: frozen data that says which modules of a network it may leave out, and when."""
+
+    @abstractmethod
+    def reach(self, network: nn.Module) -> tuple[str, ...]:
+        """Names of the modules of a network whose calls this cache decides about.
+
+        Raises:
+            InputError: when it cannot work on this network, and why.
+        """
+
+    @abstractmethod
+    def computes(self, steps: int) -> tuple[bool, ...] | None:
+        """Of each step of the scheduler's timesteps, whether everything is computed; None where the data decide.
+
+        Args:
+            steps: how many timesteps there are.
+
+        Raises:
+            InputError: when the cache was made for another number.
+        """
+
+    @abstractmethod
+    def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
+        """What the cache does in one call.
+
+        Args:
+            modules: what it reaches in the pipeline's networks: component, a dot, and the name in the network.
+            run: what the attached pipeline does.
+        """
+
+    def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
+        """Finds the modules and adds the hook.
+
+        Raises:
+            InputError: when the cache works on no network of the pipeline, was made for another number of steps, or
+                another cache has the same modules.
+        """
+        modules = self.modules(run.pipe)
+        steps = run.call_arguments.get("num_inference_steps")
+        if steps is not None and all(self.computes(int(steps)) or (False,)):
+            run.warnings.append(f"the {self.type} cache computes all of {steps} steps: it saves nothing")
+        run.claim(self.type, modules)
+        run.caches.append(lambda: self.make(modules, run))
+
+    def modules(self, pipe: object) -> dict[str, nn.Module]:
+        """The modules of a pipeline's networks that this cache decides about, by component, a dot, and name.
+
+        Raises:
+            InputError: when there are none in any network.
+        """
+        found: dict[str, nn.Module] = {}
+        reasons = []
+        for component, network in denoisers(pipe).items():
+            try:
+                names = self.reach(network)
+            except InputError as error:
+                reasons.append(str(error))
+                continue
+            found |= {f"{component}.{name}": network.get_submodule(name) for name in names}
+        if not found:
+            raise InputError(f"the {self.type} cache cannot work on {type(pipe).__name__}: {'; '.join(reasons)}")
+        return found
