@@ -18,14 +18,14 @@ def tiny_scheduler(**options):
     return DDIMScheduler(clip_sample=False, **({"prediction_type": "v_prediction"} | options))
 
 
-def tiny_dit(scheduler=None) -> DiTPipeline:
+def tiny_dit(scheduler=None, layers=1) -> DiTPipeline:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
         out_channels=4,
-        num_layers=1,
+        num_layers=layers,
         sample_size=4,
         patch_size=2,
         num_embeds_ada_norm=1000,
@@ -50,13 +50,13 @@ def tiny_dit(scheduler=None) -> DiTPipeline:
     return pipe
 
 
-def tiny_unet(pipeline=DDIMPipeline, scheduler=None) -> DDIMPipeline | DDPMPipeline:
+def tiny_unet(pipeline=DDIMPipeline, scheduler=None, layers=1) -> DDIMPipeline | DDPMPipeline:
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        layers_per_block=1,
+        layers_per_block=layers,
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -68,22 +68,22 @@ def tiny_unet(pipeline=DDIMPipeline, scheduler=None) -> DDIMPipeline | DDPMPipel
     return pipe
 
 
-def tiny_stable_diffusion(scheduler=None):
+def tiny_stable_diffusion(scheduler=None, layers=1, **unet_options):
     """StableDiffusionPipeline without a text encoder: prompts are given as embeddings (B, 4, 8)."""
     from diffusers import StableDiffusionPipeline
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
         out_channels=4,
-        layers_per_block=1,
+        layers_per_block=layers,
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=8,
         attention_head_dim=2,
         norm_num_groups=4,
+        **unet_options,
     )
     vae = AutoencoderKL(
         latent_channels=4,
@@ -107,7 +107,7 @@ def tiny_stable_diffusion(scheduler=None):
     return pipe
 
 
-def tiny_sd3(scheduler=None):
+def tiny_sd3(scheduler=None, layers=1):
     """StableDiffusion3Pipeline (flow matching) without text encoders: prompts are given as embeddings."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -117,7 +117,7 @@ def tiny_sd3(scheduler=None):
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=1,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=16,
@@ -152,14 +152,14 @@ def _tiny_causal_vae(cls):
     return cls(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
 
 
-def tiny_wan(scheduler=None):
+def tiny_wan(scheduler=None, layers=1):
     """WanPipeline, which evaluates its two branches of guidance in turn; prompts are given as embeddings."""
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     vae = _tiny_causal_vae(AutoencoderKLWan)
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=layers
     )
     pipe = WanPipeline(
         tokenizer=None,
@@ -172,14 +172,14 @@ def tiny_wan(scheduler=None):
     return pipe
 
 
-def tiny_qwen(scheduler=None):
+def tiny_qwen(scheduler=None, layers=1):
     """QwenImagePipeline: two branches in turn, whose combination is brought to the norm of the conditional one."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
     vae = _tiny_causal_vae(AutoencoderKLQwenImage)
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
-        num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(4, 6, 6)
+        num_layers=layers, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(4, 6, 6)
     )
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipe = QwenImagePipeline(

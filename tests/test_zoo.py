@@ -1,0 +1,119 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import ZOO
+
+FAMILIES = pytest.mark.parametrize("family", ZOO.values(), ids=str)
+
+PROMISED = {
+    "ddim", "ddpm", "stable-diffusion", "img2img", "inpaint", "controlnet", "ip-adapter", "sdxl", "stable-video",
+    "animatediff", "dit", "pixart-alpha", "pixart-sigma", "sd3", "sana", "auraflow", "hunyuan-dit", "lumina2",
+    "cogview4", "qwen-image", "z-image", "flux", "flux-img2img", "flux-fill", "flux-kontext", "flux2", "chroma",
+    "cogvideox", "wan", "ltx", "mochi", "hunyuan-video", "allegro", "latte", "kandinsky5", "stable-audio",
+    "amused",
+}  # fmt: skip
+
+LAST = "transformer_blocks.2."
+IDLE = {
+    # the queries and what follows them of the text, which the last block does not hand on
+    "sd3": {LAST + "attn.add_q_proj.weight"},
+    "mochi": {LAST + "attn1.add_q_proj.weight"},
+    "qwen-image": {
+        LAST + name + ".weight"
+        for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    },
+}
+
+
+class Watch:
+    """Counts the denoiser's calls, their rows, and the scheduler's steps; keeps the last inputs."""
+
+    def __init__(self, family, pipe):
+        self.rows, self.steps, self.inputs = [], 0, None
+        self._step = pipe.scheduler.step
+        pipe.scheduler.step = self.step
+        getattr(pipe, family.denoiser).register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, module, args, kwargs):
+        self.inputs = args, kwargs
+        sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor | list))
+        self.rows.append(len(sample))
+
+    def step(self, *args, **kwargs):
+        self.steps += 1
+        return self._step(*args, **kwargs)
+
+
+def test_every_family_that_is_promised():
+    assert set(ZOO) >= PROMISED
+    assert all(family.name == name for name, family in ZOO.items())
+
+
+def test_importing_the_zoo_imports_no_pipeline():
+    code = "import sys, zoo; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+@FAMILIES
+def test_two_builds_give_the_same_samples(family):
+    first, second = (family.call(family.build()) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.isfinite(first.float()).all()
+    assert not torch.equal(first, family.call(family.build(), seed=5))
+
+
+@FAMILIES
+def test_branches_of_guidance_are_evaluated_as_the_field_says(family):
+    pipe = family.build()
+    watch = Watch(family, pipe)
+    samples = family.call(pipe, batch=2, steps=2)
+    assert len(samples) == 2
+    assert watch.steps == 2
+    calls, rows = {"doubled": (1, 4), "separate": (2, 2)}.get(family.guidance, (1, 2))
+    assert watch.rows == [rows] * calls * 2
+    if family.guidance == "embedded":
+        assert watch.inputs[1]["guidance"] is not None
+
+
+@pytest.mark.parametrize("family", [family for family in ZOO.values() if family.guidance != "none"], ids=str)
+def test_samples_depend_on_the_scale_of_guidance(family):
+    pipe = family.build()
+    low, high = (family.call(pipe, **{family.scale: scale}) for scale in (2.0, 9.0))
+    assert (low != high).float().mean() > 0.5
+
+
+@FAMILIES
+def test_samples_depend_on_the_weights(family):
+    pipe = family.build()
+    samples = family.call(pipe)
+    for parameter in getattr(pipe, family.denoiser).parameters():
+        parameter.data *= 1.2
+    assert (samples != family.call(pipe)).float().mean() > (0.1 if family.tokens else 0.5)
+
+
+@FAMILIES
+def test_every_matrix_of_the_denoiser_reaches_its_output(family):
+    pipe = family.build()
+    watch = Watch(family, pipe)
+    family.call(pipe)
+    args, kwargs = watch.inputs
+    network = getattr(pipe, family.denoiser)
+    with torch.enable_grad():
+        output = network(*args, **kwargs)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        rows = output if isinstance(output, list) else [output]
+        sum(row.square().sum() for row in rows).backward()
+    matrices = {name: matrix for name, matrix in network.named_parameters() if matrix.ndim > 1}
+    idle = {name for name, matrix in matrices.items() if matrix.grad is None or not matrix.grad.any()}
+    assert idle == IDLE.get(family.name, set())
+
+
+@pytest.mark.parametrize("family", [family for family in ZOO.values() if not family.tokens], ids=str)
+def test_an_image_does_not_depend_on_its_batch(family):
+    pipe = family.build()
+    both = family.call(pipe, batch=2, seed=3)
+    alone = torch.cat([family.call(pipe, batch=1, seed=seed) for seed in (3, 4)])
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-4)
