@@ -72,26 +72,25 @@ def read_options(options: type[Options], parsed: Namespace) -> Options:
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def exit_status(program: str, command: Callable[[], None], interrupted: str) -> int:
+def exit_status(program: str, command: Callable[[], int | None], interrupted: str) -> int:
     """Runs a command, and turns what stops it into one line on standard error and an exit status.
 
     Args:
         program: first word of an error message.
-        command: what to run.
+        command: what to run; it may return an exit status.
         interrupted: what to tell after Ctrl-C.
 
     Returns:
-        0, 2 for bad input, or 130 after Ctrl-C.
+        What the command returned, 0 for None, 2 for bad input, or 130 after Ctrl-C.
     """
     try:
-        command()
+        return command() or 0
     except (InputError, argparse.ArgumentError) as error:
         print(f"{program}: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _one_line(message: str) -> str:

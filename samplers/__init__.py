@@ -8,6 +8,8 @@ from .build_knowledge import build_knowledge_base
 from .cache import CACHES, CachePart
 from .cache_call import CacheHook, Memory, Passing
 from .call import Call, CallHook, Step
+from .diagnosis import Diagnosis, Finding
+from .doctor import doctor
 from .epsilon_scaling import EpsilonScaling
 from .errors import InputError
 from .escalate import Escalate, calibrate_escalation
@@ -41,6 +43,7 @@ __all__ = [
     "Call",
     "CallHook",
     "ConstantGuidance",
+    "Diagnosis",
     "DiffusersSolver",
     "EpsilonScaling",
     "Escalate",
@@ -48,6 +51,7 @@ __all__ = [
     "Evidence",
     "ExplicitGrid",
     "ExplicitSupport",
+    "Finding",
     "GuidanceSchedule",
     "InputError",
     "KnowledgeBase",
@@ -76,6 +80,7 @@ __all__ = [
     "build_knowledge_base",
     "calibrate_escalation",
     "denoisers",
+    "doctor",
     "estimate_start_statistics",
     "explicit_support",
     "fingerprint",

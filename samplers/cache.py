@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any, Self
 
+from pydantic import ValidationError
 from torch import nn
 
 from .cache_call import CacheHook
@@ -38,6 +40,25 @@ class CachePart(Part):
             InputError: when the cache was made for another number.
         """
 
+    @classmethod
+    def suggest(cls, pipe: Any, steps: int) -> Self:
+        """A setting of this cache that works on a pipeline, to begin with.
+
+        Args:
+            pipe: the pipeline.
+            steps: number of timesteps.
+
+        Raises:
+            InputError: when it works on none of the pipeline's networks, or has no setting that needs no knowledge.
+        """
+        try:
+            part = cls()  # type: ignore[call-arg]
+        except ValidationError as error:
+            names = ", ".join(str(problem["loc"][0]) for problem in error.errors())
+            raise InputError(f"it has to be made for a pipeline first: {names}") from None
+        part.modules(pipe)
+        return part
+
     @abstractmethod
     def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
         """What the cache does in one call.
@@ -61,7 +82,7 @@ class CachePart(Part):
         run.claim(self.type, modules)
         run.caches.append(lambda: self.make(modules, run))
 
-    def modules(self, pipe: object) -> dict[str, nn.Module]:
+    def modules(self, pipe: Any) -> dict[str, nn.Module]:
         """The modules of a pipeline's networks that this cache decides about, by component, a dot, and name.
 
         Raises:

@@ -169,7 +169,7 @@ def take_rows(tensor: Tensor, picks: Tensor, rows: int) -> Tensor:
     """
     if tensor.ndim == 0 or len(tensor) % rows:
         return tensor
-    grouped = tensor.unflatten(0, (rows, -1)).index_select(0, picks.to(tensor.device))
+    grouped = tensor.reshape(rows, -1, *tensor.shape[1:]).index_select(0, picks.to(tensor.device))
     return grouped.flatten(0, 1)
 
 

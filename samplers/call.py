@@ -119,7 +119,7 @@ class Call:
         return float(times[index]) if times is not None and index < len(times) else math.nan
 
     def _proceed(self, depth: int) -> Callable[[Evaluation], Any]:
-        through = (*self.hooks, *self.caches)
+        through: tuple[CallHook | CacheHook, ...] = (*self.hooks, *self.caches)
         if depth == len(through):
             return self._run
         return lambda evaluation: through[depth].evaluate(evaluation, self._proceed(depth + 1))

@@ -216,8 +216,9 @@ def time_unit(time: float, told: float, network: str) -> Callable[[Tensor], Tens
 
 def named_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a forward pass by name, in the order of the signature."""
-    inner = getattr(network, "_orig_mod", network)
-    bound = _forward_signature(type(inner)).bind(inner, *args, **kwargs)
+    inner: Any = getattr(network, "_orig_mod", network)
+    cls: Any = type(inner)
+    bound = _forward_signature(cls).bind(inner, *args, **kwargs)
     inputs = dict(bound.arguments)
     inputs.pop(next(iter(inputs)))
     inputs.update(inputs.pop("kwargs", {}))
@@ -225,7 +226,7 @@ def named_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_signature(cls: type[nn.Module]) -> inspect.Signature:
+def _forward_signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.forward)
 
 

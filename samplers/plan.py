@@ -81,11 +81,16 @@ class Plan(BaseModel):
         return hash(json.dumps(self.to_json(), sort_keys=True))
 
     @property
+    def placed(self) -> tuple[tuple[str, Part], ...]:
+        """The parts that are there, in the order in which they are applied, each with the field that it is in."""
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        lists = ((name, value if isinstance(value, tuple) else (value,)) for name, value in values)
+        return tuple((name, part) for name, parts in lists for part in parts if isinstance(part, Part))
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that are there, in the order in which they are applied."""
-        values = (getattr(self, name) for name in type(self).model_fields)
-        lists = (value if isinstance(value, tuple) else (value,) for value in values)
-        return tuple(part for parts in lists for part in parts if isinstance(part, Part))
+        return tuple(part for _, part in self.placed)
 
     @property
     def nominal_steps(self) -> int | None:

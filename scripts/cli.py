@@ -11,19 +11,21 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..eval.commandline import HelpFormatter, exit_status
 from .bench_command import bench_parser, run_bench_command
+from .doctor_command import doctor_parser, run_doctor_command
 from .plans_command import add_plans_actions, plans_parser, run_plans_command
 from .sample_command import run_sample_command, sample_parser
 from .search_command import add_search_actions, run_search_command, search_parser
 
 PROGRAM = "fewstep"
 
-COMMANDS: dict[str, Callable[[Namespace, str], None]] = {
+COMMANDS: dict[str, Callable[[Namespace, str], int | None]] = {
     "bench": run_bench_command,
+    "doctor": run_doctor_command,
     "sample": run_sample_command,
     "search": run_search_command,
     "plans": run_plans_command,
 }
-"Every command, and what runs it with its parsed flags and the command line."
+"Every command, and what runs it with its parsed flags and the command line, for an exit status if not 0."
 
 
 def make_parser() -> ArgumentParser:
@@ -37,6 +39,7 @@ def make_parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=True)
     commands.add_subcommand("bench", bench_parser(), help="score and time plans beside diffusers' own samplers")
+    commands.add_subcommand("doctor", doctor_parser(), help="what will run on a pipeline, what will not, and why")
     commands.add_subcommand("sample", sample_parser(), help="make a grid of images with a plan")
     search = search_parser()
     commands.add_subcommand("search", search, help="fit a part of a plan to a pipeline")
@@ -48,12 +51,12 @@ def make_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command line; returns the exit status: 0, a command's own, 2 for bad input, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
 
-    def command() -> None:
+    def command() -> int | None:
         parsed = make_parser().parse_args(given)
-        COMMANDS[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
+        return COMMANDS[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
 
     return exit_status(PROGRAM, command, "stopped; the same command continues where it stopped")
 

@@ -1,48 +1,15 @@
 """The seam of the caches, by a cache that keeps the output of whole blocks."""
 
 import threading
-from typing import Literal
-
 import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fewstep.samplers import CacheHook, CachePart, GuidanceSchedule, InputError, Plan, SpacingGrid, attach
+from fewstep.samplers import GuidanceSchedule, InputError, Plan, SpacingGrid, attach
 
 from tiny import call_arguments, tiny_dit, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_wan
-
-
-class _Hook(CacheHook):
-    def __init__(self, modules, every):
-        super().__init__(modules)
-        self.every = every
-
-    def pass_module(self, passing):
-        kept = self.memory.recall(passing.name, passing.evaluation)
-        if kept is not None and passing.evaluation.index % self.every:
-            return kept
-        output = passing.run()
-        self.memory.keep(passing.name, output, passing.evaluation)
-        return output
-
-
-class Blocks(CachePart):
-    type: Literal["test-blocks"] = "test-blocks"
-    every: int = 2
-    names: tuple[str, ...] = ()
-
-    def reach(self, network):
-        names = tuple(name for name, _ in network.named_modules() if name in self.names)
-        if not names:
-            raise InputError(f"{type(network).__name__} has none of {self.names}")
-        return names
-
-    def computes(self, steps):
-        return tuple(index % self.every == 0 for index in range(steps))
-
-    def make(self, modules, run):
-        return _Hook(modules, self.every)
+from toy_cache import Blocks
 
 
 CASES = {
