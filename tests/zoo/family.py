@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+PROMPTS = {"prompt_embeds": 0, "negative_prompt_embeds": 1}
+
 Guidance = Literal["none", "doubled", "separate", "embedded"]
 
 
@@ -24,6 +26,7 @@ class Family:
         guidance: How the branches of guidance are evaluated: one call of twice the rows, two calls, inside the
             network from a scale that it is told, or not at all.
         scale: Argument that sets the scale of guidance.
+        conditional_first: Whether doubled rows start with the conditional ones; two calls always do.
         share: Part of the steps asked for that the pipeline runs; below 1 where it starts from an image.
         steps_argument: Argument that sets the number of steps.
         tokens: Whether the denoiser predicts tokens instead of noise or velocity.
@@ -35,6 +38,7 @@ class Family:
     denoiser: str
     guidance: Guidance
     scale: str = "guidance_scale"
+    conditional_first: bool = False
     share: float = 1.0
     steps_argument: str = "num_inference_steps"
     tokens: bool = False
@@ -60,22 +64,21 @@ def rows(batch: int, seed: int, shape: tuple[int, ...], salt: int = 0) -> torch.
     return torch.stack([torch.randn(shape, generator=draw) for draw in generators(batch, seed + 1000 * (salt + 1))])
 
 
-def pictures(batch: int, seed: int, size: int = 16) -> torch.Tensor:
-    """Random colour images in [0, 1]: (batch, 3, size, size)."""
-    return rows(batch, seed, (3, size, size), salt=7).sigmoid()
+def pictures(batch: int, seed: int) -> torch.Tensor:
+    """Random colour images in [0, 1]: (batch, 3, 16, 16)."""
+    return rows(batch, seed, (3, 16, 16), salt=7).sigmoid()
 
 
-def masks(batch: int, size: int = 16) -> torch.Tensor:
-    """Masks whose right half is to be painted: (batch, 1, size, size), 0 or 1."""
-    mask = torch.zeros(batch, 1, size, size)
-    mask[..., size // 2 :] = 1
+def masks(batch: int) -> torch.Tensor:
+    """Masks whose right half is to be painted: (batch, 1, 16, 16), 0 or 1."""
+    mask = torch.zeros(batch, 1, 16, 16)
+    mask[..., 8:] = 1
     return mask
 
 
-def texts(batch: int, seed: int, width: int, length: int = 4, names: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Embeddings of a prompt and a negative prompt, each (batch, length, width), by name; ``names`` are their salts."""
-    names = names or {"prompt_embeds": 0, "negative_prompt_embeds": 1}
-    return {name: rows(batch, seed, (length, width), salt) for name, salt in names.items()}
+def texts(batch: int, seed: int, width: int, names: Mapping[str, int] = PROMPTS) -> dict[str, torch.Tensor]:
+    """Embeddings of a prompt and a negative prompt, each (batch, 4, width), by name; ``names`` maps them to salts."""
+    return {name: rows(batch, seed, (4, width), salt) for name, salt in names.items()}
 
 
 def pooled(batch: int, seed: int, width: int) -> dict[str, torch.Tensor]:
@@ -84,9 +87,9 @@ def pooled(batch: int, seed: int, width: int) -> dict[str, torch.Tensor]:
     return {name: rows(batch, seed, (width,), salt) for salt, name in enumerate(names, 2)}
 
 
-def text_masks(batch: int, length: int = 4, suffix: str = "") -> dict[str, torch.Tensor]:
-    """Masks, each (batch, length), of prompts that fill their length and negative prompts one token shorter."""
-    whole = torch.ones(batch, length, dtype=torch.long)
+def text_masks(batch: int, suffix: str = "") -> dict[str, torch.Tensor]:
+    """Masks, each (batch, 4), of prompts that fill their length and negative prompts one token shorter."""
+    whole = torch.ones(batch, 4, dtype=torch.long)
     shorter = whole.clone()
     shorter[:, -1] = 0
     return {f"prompt_attention_mask{suffix}": whole, f"negative_prompt_attention_mask{suffix}": shorter}
@@ -115,15 +118,12 @@ def tiny_pipeline(builder: str, *arguments: Any, **options: Any) -> Any:
     return finished(getattr(import_module("tiny"), builder)(*arguments, **options))
 
 
-def kl_vae(channels: int = 4, levels: int = 2, **options: Any) -> Any:
-    """A small ``AutoencoderKL`` that shrinks an image by 2 ** (levels - 1)."""
+def kl_vae(**options: Any) -> Any:
+    """A small ``AutoencoderKL`` of four channels that halves an image."""
     from diffusers import AutoencoderKL
 
-    sizes = {"latent_channels": channels, "block_out_channels": (8,) * levels, "norm_num_groups": 4, "sample_size": 16}
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
+    sizes = {"latent_channels": 4, "block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 16}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(**sizes | blocks | options)
 
 
@@ -133,5 +133,5 @@ def assembled(kind: str, **parts: Any) -> Any:
 
     pipeline = getattr(diffusers, kind)
     asked = signature(pipeline).parameters.values()
-    absent = {part.name: None for part in asked if part.default is part.empty and part.kind is not part.VAR_KEYWORD}
+    absent = {part.name: None for part in asked if part.default is part.empty}
     return finished(pipeline(**absent | parts))

@@ -4,6 +4,8 @@ import torch
 
 from .family import Family, assembled, generators, kl_vae, masks, pictures, pooled, rows, text_masks, texts
 
+VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}
+
 
 def _common(batch, seed):
     return {"generator": generators(batch, seed), "output_type": "latent", "height": 16, "width": 16}
@@ -31,7 +33,7 @@ def _flux(kind="FluxPipeline", **options):
         "axes_dims_rope": (4, 2, 2),
     }
     transformer = FluxTransformer2DModel(**sizes | options)
-    vae = kl_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
+    vae = kl_vae(**VAE)
     return assembled(kind, transformer=transformer, vae=vae, scheduler=_scheduler())
 
 
@@ -103,7 +105,7 @@ def _chroma():
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    vae = kl_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
+    vae = kl_vae(**VAE)
     return assembled("ChromaPipeline", transformer=transformer, vae=vae, scheduler=_scheduler())
 
 

@@ -6,11 +6,7 @@ from .family import Family, assembled, generators, rows, texts
 
 
 def _stable_audio():
-    from diffusers import (
-        AutoencoderOobleck,
-        EDMDPMSolverMultistepScheduler,
-        StableAudioDiTModel,
-    )
+    from diffusers import AutoencoderOobleck, EDMDPMSolverMultistepScheduler, StableAudioDiTModel
     from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 
     torch.manual_seed(0)

@@ -218,7 +218,14 @@ def _z_image_arguments(pipe, batch, seed):
 
 
 FAMILIES = (
-    Family("dit", lambda: tiny_pipeline("tiny_dit", layers=3), _dit_arguments, "transformer", "doubled"),
+    Family(
+        "dit",
+        lambda: tiny_pipeline("tiny_dit", layers=3),
+        _dit_arguments,
+        "transformer",
+        "doubled",
+        conditional_first=True,
+    ),
     Family(
         "pixart-alpha",
         # told the size of the image, which the pipeline does at this sample size alone
@@ -248,5 +255,5 @@ FAMILIES = (
         "separate",
         "true_cfg_scale",
     ),
-    Family("z-image", _z_image, _z_image_arguments, "transformer", "doubled"),
+    Family("z-image", _z_image, _z_image_arguments, "transformer", "doubled", conditional_first=True),
 )

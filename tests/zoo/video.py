@@ -5,17 +5,13 @@ import torch
 from .family import Family, assembled, generators, kl_vae, rows, text_masks, texts, tiny_pipeline
 
 
-def _common(batch, seed, frames=5, size=32):
-    sizes = {"height": size, "width": size, "num_frames": frames}
+def _common(batch, seed, frames=5):
+    sizes = {"height": 32, "width": 32, "num_frames": frames}
     return {"generator": generators(batch, seed), "output_type": "latent"} | sizes
 
 
 def _cogvideo():
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
-        CogVideoXTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
@@ -36,11 +32,7 @@ def _cogvideo():
     return assembled("CogVideoXPipeline", transformer=transformer, vae=vae, scheduler=scheduler)
 
 
-def _cogvideo_arguments(pipe, batch, seed):
-    return _common(batch, seed) | texts(batch, seed, 8)
-
-
-def _wan_arguments(pipe, batch, seed):
+def _plain_arguments(pipe, batch, seed):
     return _common(batch, seed) | texts(batch, seed, 8)
 
 
@@ -139,11 +131,7 @@ def _hunyuan_arguments(pipe, batch, seed):
 
 
 def _allegro():
-    from diffusers import (
-        AllegroTransformer3DModel,
-        AutoencoderKLAllegro,
-        EulerAncestralDiscreteScheduler,
-    )
+    from diffusers import AllegroTransformer3DModel, AutoencoderKLAllegro, EulerAncestralDiscreteScheduler
 
     torch.manual_seed(0)
     transformer = AllegroTransformer3DModel(
@@ -226,8 +214,8 @@ def _kandinsky_arguments(pipe, batch, seed):
 
 
 FAMILIES = (
-    Family("cogvideox", _cogvideo, _cogvideo_arguments, "transformer", "doubled"),
-    Family("wan", lambda: tiny_pipeline("tiny_wan", layers=3), _wan_arguments, "transformer", "separate"),
+    Family("cogvideox", _cogvideo, _plain_arguments, "transformer", "doubled"),
+    Family("wan", lambda: tiny_pipeline("tiny_wan", layers=3), _plain_arguments, "transformer", "separate"),
     Family("ltx", _ltx, _masked_arguments, "transformer", "doubled"),
     Family("mochi", _mochi, _mochi_arguments, "transformer", "doubled"),
     Family("hunyuan-video", _hunyuan, _hunyuan_arguments, "transformer", "embedded"),
