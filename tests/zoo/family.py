@@ -96,10 +96,10 @@ def text_masks(batch: int, suffix: str = "") -> dict[str, torch.Tensor]:
 
 
 def lively(network: torch.nn.Module) -> torch.nn.Module:
-    """The network in eval mode; matrices that start at zero, or at nothing, hold small normal values."""
+    """The network in eval mode; matrices that start at zero hold small normal values."""
     draw = torch.Generator().manual_seed(1)
-    for name, parameter in network.named_parameters():
-        if name.endswith("pad_token") or (parameter.ndim > 1 and not parameter.any()):
+    for parameter in network.parameters():
+        if parameter.ndim > 1 and not parameter.any():
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
     return network.eval()
 
