@@ -157,6 +157,7 @@ class _Finder:
         self.range = train_steps("time-shift", process)
         half = int(part.window * self.variant.widths)
         self.offsets = torch.arange(-half, half + 1, dtype=torch.float64)
+        self.windows: dict[float, tuple[Tensor, Tensor]] = {}
         self._require_distinct()
 
     def times(self, values: Tensor, centre: float) -> Tensor:
@@ -167,10 +168,16 @@ class _Finder:
             centre: a time.
         """
         variance = values.float().flatten(1).var(dim=1)
-        candidates = (centre + self.offsets).clamp(*self.range)
-        expected = self._expected(candidates).to(variance)
-        nearest = (variance[:, None] - expected).abs().argmin(dim=1)
+        candidates, expected = self._window(centre)
+        nearest = (variance[:, None] - expected.to(variance)).abs().argmin(dim=1)
         return candidates.to(nearest.device).take(nearest)
+
+    def _window(self, centre: float) -> tuple[Tensor, Tensor]:
+        """The times around ``centre`` and the variances that are expected there; the same in every call."""
+        if centre not in self.windows:
+            candidates = (centre + self.offsets).clamp(*self.range)
+            self.windows[centre] = candidates, self._expected(candidates)
+        return self.windows[centre]
 
     def clean(self, step: Step) -> Tensor:
         """The predicted clean samples as the solver uses them."""
