@@ -27,7 +27,7 @@ from .time_shift import base_plan
 SOLVER = "dpmpp-2m"
 STEPS = (10, 20)
 WINDOWS = ((0.0, 0.6), (0.3, 1.0), (0.2, 0.8))
-BATCH = 64
+BATCH = 16
 
 
 def windowed(plan: dict[str, Any], window: tuple[float, float]) -> dict[str, Any]:

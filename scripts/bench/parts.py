@@ -29,6 +29,7 @@ from fewstep.samplers.files import read_json, write_json
 from fewstep.samplers.recording import clean_samples
 from fewstep.search.aligner import fit_aligner
 
+from .guidance_window import windowed
 from .judge import Judge, best, compared, fd, fd_difference
 from .solvers import SCREEN_SEED, SIGMAS
 from .time_shift import base_plan, shifted
@@ -184,9 +185,7 @@ def zero_snr(case: Case) -> dict[str, Any]:
 
 def guidance(case: Case) -> dict[str, Any] | None:
     """Guidance in `WINDOW` only, where the demo is guided."""
-    if not case.bench.guided:
-        return None
-    return case.plan | {"guidance": {"type": "guidance", "scale": case.plan["guidance"]["scale"], "window": WINDOW}}
+    return windowed(case.plan, WINDOW) if case.bench.guided else None
 
 
 def redi(case: Case) -> Path | None:

@@ -20,7 +20,7 @@ import torch
 from fewstep.samplers.errors import InputError
 from fewstep.samplers.files import write_json
 
-from .judge import Judge, best, fd
+from .judge import Judge, best, compared, fd
 
 BUDGETS = (4, 5, 6, 8, 10)
 SCREENED = {4: 5, 5: 5, 6: 5, 8: 10, 10: 10}
@@ -137,9 +137,8 @@ def main() -> None:
         rows = {}
         for budget in BUDGETS:
             spacing = chosen[SCREENED[budget]].get("spacing")
-            rows[budget] = (
-                judge.row(solver.plans(budget, guidance)[spacing]) | {"spacing": spacing} if spacing else None
-            )
+            plan = spacing and solver.plans(budget, guidance)[spacing]
+            rows[budget] = compared(judge.row(plan)) | {"spacing": spacing} if plan else None
         table[name] = {"screened": chosen, "rows": rows}
         print(name, {b: r and f"{r['spacing']} {r['nfe']:g}: {fd(r):.2f}" for b, r in rows.items()}, flush=True)  # noqa: T201
         write_json(options.out, {"pipe": options.pipe, "n": options.n, "screen_n": options.screen_n, "solvers": table})
