@@ -1,0 +1,44 @@
+"""What a module will give, from what it gave: the polynomial through its last values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .linear import combine
+
+
+def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
+    """The value at ``position`` of the polynomial through ``values``; of a single one, that value itself.
+
+    TaylorSeer (arXiv:2503.06923) forecasts with a Taylor polynomial whose derivatives are finite differences of the
+    last m + 1 values. Here the same differences stand in Newton's form, F[n] + (k - n) F[n, n'] + (k - n)(k - n')
+    F[n, n', n''] + ..., which is exact where the values are a polynomial of degree m, also between uneven steps; both
+    agree up to order 1. It is summed in Lagrange's form, with coefficients in float64.
+
+    Args:
+        values: when each was computed, in steps of the scheduler, all different; and tensors in tuples, lists and
+            dictionaries, alike in structure and shapes. Newest first.
+        position: in steps of the scheduler.
+    """
+    if len(values) == 1:
+        return values[0][1]
+    steps = [step for step, _ in values]
+    weights = [
+        torch.tensor(
+            math.prod((position - other) / (step - other) for other in steps if other != step), dtype=torch.float64
+        )
+        for step in steps
+    ]
+
+    def blend(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor) or not leaves[0].is_floating_point():
+            return leaves[0]
+        return combine(leaves[0], *zip(weights, leaves, strict=True))
+
+    return tree_map(blend, *(tree for _, tree in values))
