@@ -1,0 +1,431 @@
+"""diffusers' own caches, named in a plan: the same samples as diffusers gives, without what it leaves behind."""
+
+import threading
+
+import diffusers.hooks
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import call_arguments, tiny_dit, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_wan
+from zoo import ZOO
+
+from fewstep.samplers import GuidanceSchedule, InputError, Plan, SpacingGrid, attach
+from fewstep.samplers.host_cache import HostCache
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* decides for a batch as a whole")
+
+STEPS = 8
+ALWAYS = [-1, 1001]
+EVERY_SECOND = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": ALWAYS}
+FIRST_BLOCK = HostCache(config="FirstBlockCacheConfig", options={"threshold": 0.3})
+PYRAMID = HostCache(config="PyramidAttentionBroadcastConfig", options=EVERY_SECOND)
+MAG = HostCache(config="MagCacheConfig", options={"threshold": 0.3, "mag_ratios": [1.0, 1.1, 1.0, 0.9]})
+TAYLOR = HostCache(
+    config="TaylorSeerCacheConfig",
+    options={
+        "cache_interval": 3,
+        "disable_cache_before_step": 2,
+        "taylor_factors_dtype": "float32",
+        "cache_identifiers": [r"(transformer_)?blocks[.][0-9]+[.]attn1?"],
+    },
+)
+SEA = HostCache(config="SeaCacheConfig", options={"threshold": 0.5})
+FASTER = HostCache(
+    config="FasterCacheConfig",
+    options={
+        "unconditional_batch_skip_range": 2,
+        "unconditional_batch_timestep_skip_range": ALWAYS,
+        "spatial_attention_timestep_skip_range": ALWAYS,
+        "tensor_format": "BCHW",
+    },
+)
+
+
+def plan_of(part, steps=STEPS, **slots):
+    return Plan(grid=SpacingGrid(steps=steps), caches=part, **slots)
+
+
+def call(pipe, batch=1, **more):
+    guided = {"true_cfg_scale": 3.0} if type(pipe).__name__ == "QwenImagePipeline" else {}
+    sample = pipe(**call_arguments(pipe, batch) | guided | more)[0]
+    return sample.numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)
+
+
+def plain(pipe, **more):
+    return call(pipe, num_inference_steps=STEPS, **more)
+
+
+def cached(pipe, part, **more):
+    with attach(pipe, plan_of(part)) as handle:
+        return call(pipe, **more), handle.stats
+
+
+def left_on(network):
+    """What hooks could leave on the modules of a network."""
+    found = {}
+    for name, module in network.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        hooks = list(registry.hooks) if registry else []
+        found[name] = (type(module), vars(module).get("forward"), registry, hooks)
+    return found
+
+
+def skipped(stats):
+    return sum(module.skipped for module in stats.modules.values())
+
+
+IDENTICAL = [
+    (tiny_wan, FIRST_BLOCK, {}),
+    (tiny_qwen, FIRST_BLOCK, {}),
+    (tiny_wan, MAG, {"num_inference_steps": STEPS}),
+    (tiny_qwen, MAG, {"num_inference_steps": STEPS}),
+    (tiny_wan, TAYLOR, {"taylor_factors_dtype": torch.float32}),
+    (tiny_qwen, TAYLOR, {"taylor_factors_dtype": torch.float32}),
+    (tiny_wan, SEA, {}),
+]
+
+
+@pytest.mark.parametrize(("build", "part", "more"), IDENTICAL, ids=lambda value: getattr(value, "config", None))
+def test_the_samples_of_diffusers_where_it_keeps_the_branches_apart(build, part, more):
+    pipe, theirs = build(layers=4), build(layers=4)
+    theirs.transformer.enable_cache(getattr(diffusers.hooks, part.config)(**part.options | more))
+    wanted = plain(theirs)
+    ours, stats = cached(pipe, part)
+    np.testing.assert_array_equal(ours, wanted)
+    assert skipped(stats) > 0
+    assert stats.cache_bytes > 0
+    assert not np.array_equal(ours, plain(pipe))
+
+
+def test_pyramid_broadcast_is_that_of_diffusers_on_a_doubled_batch():
+    pipe, theirs = tiny_dit(layers=2), tiny_dit(layers=2)
+    config = diffusers.hooks.PyramidAttentionBroadcastConfig(**EVERY_SECOND, current_timestep_callback=lambda: 500)
+    diffusers.hooks.apply_pyramid_attention_broadcast(theirs.transformer, config)
+    ours, stats = cached(pipe, PYRAMID)
+    np.testing.assert_array_equal(ours, plain(theirs))
+    for module in stats.modules.values():
+        assert module.run == module.skipped == stats.rows / 2
+
+
+def test_faster_cache_is_that_of_diffusers_on_a_doubled_batch():
+    family = ZOO["pixart-sigma"]
+    pipe, theirs = family.build(), family.build()
+    told = {"time": 0.0}
+    network = theirs.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: told.update(time=float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    config = diffusers.hooks.FasterCacheConfig(
+        **FASTER.options,
+        current_timestep_callback=lambda: told["time"],
+        _unconditional_conditional_input_kwargs_identifiers=[
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "timestep",
+        ],
+    )
+    diffusers.hooks.apply_faster_cache(theirs.transformer, config)
+    wanted = family.call(theirs, steps=STEPS)
+    network.remove()
+    with attach(pipe, Plan(caches=FASTER)) as handle:
+        ours = family.call(pipe, steps=STEPS)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+    assert handle.stats.rows == 4 * STEPS / 2 + 2 * STEPS / 2
+    assert skipped(handle.stats) > 0
+
+
+@pytest.mark.parametrize("build", [tiny_wan, tiny_qwen])
+@pytest.mark.parametrize("part", [PYRAMID, MAG, FIRST_BLOCK, TAYLOR], ids=lambda part: part.config)
+def test_guidance_is_not_cancelled_where_the_branches_are_evaluated_in_turn(build, part):
+    """In diffusers one counter serves both branches in turn: the second is answered with the first one's attention."""
+    pipe = build(layers=3)
+    outputs = []
+    watch = pipe.transformer.register_forward_hook(lambda *given: outputs.append(given[-1][0]))
+    _, stats = cached(pipe, part)
+    watch.remove()
+    assert len(outputs) == 2 * STEPS
+    apart = [float((a - b).abs().max()) for a, b in zip(outputs[::2], outputs[1::2], strict=True)]
+    assert min(apart) > 1e-4
+    assert skipped(stats) > 0
+
+
+def test_a_branch_is_answered_with_what_it_would_have_alone():
+    """Guidance of scale 1 leaves the unconditional branch out, and the conditional one is what it is beside it."""
+    pipe = tiny_wan(layers=2)
+    outputs = []
+    watch = pipe.transformer.register_forward_hook(lambda *given: outputs.append(given[-1][0].clone()))
+    for part in (PYRAMID, FIRST_BLOCK, SEA):
+        outputs.clear()
+        same = call_arguments(pipe, 1)["prompt_embeds"]
+        cached(pipe, part, guidance_scale=1.0)
+        alone = outputs.copy()
+        outputs.clear()
+        cached(pipe, part, negative_prompt_embeds=same.clone(), guidance_scale=5.0)
+        for mine, cond, uncond in zip(alone, outputs[::2], outputs[1::2], strict=True):
+            assert torch.equal(mine, cond)
+            assert torch.equal(mine, uncond)
+    watch.remove()
+
+
+@pytest.mark.parametrize("part", [FIRST_BLOCK, PYRAMID, MAG, TAYLOR, SEA], ids=lambda part: part.config)
+def test_nothing_is_installed_on_the_network_and_an_aborted_call_leaves_nothing(part):
+    pipe = tiny_wan(layers=3)
+    plain(pipe)  # the pipeline's cache contexts make registries
+    before, during = left_on(pipe.transformer), []
+    wanted, _ = cached(pipe, part)
+
+    def stop(pipe, index, timestep, inputs):
+        during.append({name: found[1:] for name, found in left_on(pipe.transformer).items()})
+        if index == 4:
+            raise RuntimeError("stop")
+        return inputs
+
+    with attach(pipe, plan_of(part)):
+        with pytest.raises(RuntimeError, match="stop"):
+            call(pipe, callback_on_step_end=stop)
+        assert left_on(pipe.transformer) == before
+        other = call(pipe, batch=2, height=32, width=32)
+        again = call(pipe)
+    assert left_on(pipe.transformer) == before
+    assert all(found == {name: left[1:] for name, left in before.items()} for found in during)
+    np.testing.assert_array_equal(again, wanted)
+    with attach(tiny_wan(layers=3), plan_of(part)) as fresh:
+        np.testing.assert_array_equal(other, call(fresh._pipe, batch=2, height=32, width=32))
+
+
+@pytest.mark.parametrize("part", [FIRST_BLOCK, PYRAMID], ids=lambda part: part.config)
+def test_two_threads_on_shared_networks_do_not_see_each_other(part):
+    first, second, third = (tiny_wan(layers=3) for _ in range(3))
+    second.transformer = third.transformer = first.transformer
+    without = plain(third)
+    with attach(first, plan_of(part)), attach(second, plan_of(part)):
+        wanted = call(first)
+        assert not np.array_equal(wanted, without)
+        found = {}
+
+        def run(name, function, pipe):
+            found[name] = [function(pipe) for _ in range(3)]
+
+        jobs = {"a": (call, first), "b": (call, second), "c": (plain, third)}
+        threads = [threading.Thread(target=run, args=(name, *job)) for name, job in jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for name, images in found.items():
+        assert len(images) == 3
+        for image in images:
+            np.testing.assert_array_equal(image, without if name == "c" else wanted)
+
+
+def test_another_pipeline_on_the_same_network_within_a_call_needs_a_plan_of_its_own():
+    pipe, inner = tiny_wan(layers=3), tiny_wan(layers=3)
+    inner.transformer = pipe.transformer
+    without, (wanted, _) = plain(inner), cached(pipe, FIRST_BLOCK)
+    seen = []
+
+    def nested(pipe, index, timestep, inputs):
+        if index == 3:
+            seen.append(plain(inner))
+        return inputs
+
+    with attach(pipe, plan_of(FIRST_BLOCK)):
+        with attach(inner, Plan()):
+            np.testing.assert_array_equal(call(pipe, callback_on_step_end=nested), wanted)
+        np.testing.assert_array_equal(seen[0], without)
+        with pytest.raises(InputError, match="one evaluation of a branch in a step; step 4 has two"):
+            call(pipe, callback_on_step_end=nested)
+        np.testing.assert_array_equal(call(pipe), wanted)
+
+
+def test_hooks_of_others_run_beneath_and_stay():
+    pipe = tiny_wan(layers=3)
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer.blocks[1])
+
+    class Count(diffusers.hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    registry.register_hook(Count(), "count")
+    _, stats = cached(pipe, FIRST_BLOCK)
+    assert list(registry.hooks) == ["count"]
+    assert registry.hooks["count"].calls == stats.modules["transformer.blocks.1"].calls < 2 * STEPS
+
+
+@pytest.mark.parametrize("part", [FIRST_BLOCK, MAG, PYRAMID, TAYLOR], ids=lambda part: part.config)
+def test_counted_modules_are_those_that_ran(part):
+    pipe = tiny_qwen(layers=4)
+    plain(pipe)
+    names = part.reach(pipe.transformer)
+    ran = dict.fromkeys(names, 0)
+
+    def count(name):
+        return lambda *_: ran.update({name: ran[name] + 1})
+
+    hooks = [pipe.transformer.get_submodule(name).register_forward_hook(count(name)) for name in names]
+    _, stats = cached(pipe, part)
+    for hook in hooks:
+        hook.remove()
+    assert {name: stats.modules[f"transformer.{name}"].calls for name in names} == ran
+    assert all(module.run + module.skipped <= stats.rows for module in stats.modules.values())
+    assert min(ran.values()) < 2 * STEPS
+
+
+@pytest.mark.parametrize("part", [PYRAMID, TAYLOR, MAG], ids=lambda part: part.config)
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0), (0.25, 0.75)])
+def test_a_guidance_window_starts_the_branch_anew(part, window):
+    for pipe in (tiny_wan(layers=2), tiny_dit(layers=2)):
+        guidance = GuidanceSchedule(scale=3.0, window=window)
+        with attach(pipe, plan_of(part, guidance=guidance)) as handle:
+            assert np.isfinite(call(pipe, batch=2)).all()
+        assert skipped(handle.stats) > 0
+
+
+def test_what_is_computed_is_known_beforehand():
+    assert PYRAMID.computes(5) == (True, False, True, False, True)
+    assert HostCache(config="TaylorSeerCacheConfig").computes(28) == tuple(
+        step in (0, 1, 2, 4, 9, 14, 19, 24) for step in range(28)
+    )
+    assert FIRST_BLOCK.computes(5) is None
+    narrow = HostCache(config="PyramidAttentionBroadcastConfig", options={"spatial_attention_block_skip_range": 2})
+    assert narrow.computes(5) is None
+
+
+@pytest.mark.parametrize("part", [PYRAMID, TAYLOR], ids=lambda part: part.config)
+def test_what_is_known_beforehand_is_what_runs(part):
+    pipe = tiny_qwen()
+    _, stats = cached(pipe, part)
+    for module in stats.modules.values():
+        assert module.calls == 2 * sum(part.computes(STEPS))
+
+
+REFUSED = [
+    (lambda: tiny_wan(layers=1), FIRST_BLOCK, "it needs two blocks or more, and WanTransformer3DModel has one"),
+    (tiny_stable_diffusion, FIRST_BLOCK, "it finds no list of transformer blocks in UNet2DConditionModel"),
+    (lambda: tiny_sd3(layers=2), SEA, "it reads the samples of Wan's text-to-video networks"),
+    (tiny_wan, HostCache(config="TextKVCacheConfig"), "it does nothing on WanTransformer3DModel"),
+    (tiny_wan, HostCache(config="TaylorSeerCacheConfig"), "forecasts nothing of WanTransformer3DModel.*blocks"),
+    (tiny_wan, HostCache(config="MagCacheConfig"), "needs the mag_ratios of this model"),
+    (
+        tiny_wan,
+        HostCache(config="MagCacheConfig", options={"mag_ratios": [1.0], "num_inference_steps": 30}),
+        "has num_inference_steps 30; the run has 8 timesteps; leave it out",
+    ),
+    (tiny_wan, HostCache(config="MagCacheConfig", options={"calibrate": True}), "calibrate it skips nothing"),
+    (tiny_wan, HostCache(config="PyramidAttentionBroadcastConfig"), "needs one of spatial_attention_block_skip_range"),
+    (
+        tiny_stable_diffusion,
+        HostCache(config="PyramidAttentionBroadcastConfig", options={"temporal_attention_block_skip_range": 2}),
+        "it does nothing on UNet2DConditionModel",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "part", "words"), REFUSED)
+def test_a_network_where_it_cannot_work_is_refused(build, part, words):
+    pipe = build()
+    before = left_on(next(iter(pipe.components[name] for name in ("unet", "transformer") if name in pipe.components)))
+    with pytest.raises(InputError, match=words):
+        attach(pipe, plan_of(part))
+    after = left_on(next(iter(pipe.components[name] for name in ("unet", "transformer") if name in pipe.components)))
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("chroma", "does not know the ChromaTransformerBlock of ChromaTransformer2DModel.*'gate' cache works"),
+        ("kandinsky5", "reads the argument 'hidden_states', which Kandinsky5TransformerDecoderBlock does not have"),
+        ("latte", "those of LatteTransformer3DModel run in alternation"),
+        ("sd3", "in SD3Transformer2DModel these are different things"),
+        ("flux2", "in Flux2Transformer2DModel these are different things"),
+    ],
+)
+def test_blocks_that_diffusers_would_fail_on_are_refused(family, words):
+    pipe = ZOO[family].build()
+    with pytest.raises(InputError, match=words):
+        attach(pipe, Plan(caches=FIRST_BLOCK))
+
+
+def test_faster_cache_refuses_branches_in_turn_and_the_conditional_one_first():
+    pipe = tiny_wan()
+    with attach(pipe, plan_of(FASTER)), pytest.raises(InputError, match="a batch that is not doubled for guidance"):
+        call(pipe)
+    pipe = tiny_dit()
+    with attach(pipe, plan_of(FASTER)), pytest.raises(InputError, match="stacks its conditional branch first"):
+        call(pipe)
+    family = ZOO["pixart-sigma"]
+    pipe = family.build()
+    with (
+        attach(pipe, Plan(caches=HostCache(config="FasterCacheConfig"))),
+        pytest.raises(InputError, match="tensor_format 'BCFHW' and PixArtTransformer2DModel is shown 4 dimensions"),
+    ):
+        family.call(pipe)
+
+
+def test_a_cache_that_is_enabled_already_is_refused():
+    pipe = tiny_wan(layers=2)
+    pipe.transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig())
+    with pytest.raises(InputError, match=r"a FirstBlockCacheConfig is enabled .* call its disable_cache\(\) first"):
+        attach(pipe, plan_of(PYRAMID))
+    pipe.transformer.disable_cache()
+    with attach(pipe, plan_of(FIRST_BLOCK)):
+        pipe.transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig())
+        with pytest.raises(InputError, match="is enabled on WanTransformer3DModel already"):
+            call(pipe)
+    pipe = tiny_dit(layers=2)
+    diffusers.hooks.apply_first_block_cache(pipe.transformer, diffusers.hooks.FirstBlockCacheConfig())
+    with pytest.raises(InputError, match=r"hooks of a diffusers cache are on transformer_blocks[.]0 already"):
+        attach(pipe, plan_of(PYRAMID))
+
+
+def test_a_compiled_network_is_refused():
+    pipe = tiny_wan(layers=2)
+    pipe.transformer.compile()
+    with pytest.raises(InputError, match=r"WanTransformer3DModel is compiled, with blocks[.]0 in it"):
+        attach(pipe, plan_of(FIRST_BLOCK))
+    pipe = tiny_wan(layers=2)
+    pipe.transformer = torch.compile(pipe.transformer)
+    with pytest.raises(InputError, match=r"is wrapped by torch[.]compile"):
+        attach(pipe, plan_of(FIRST_BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ("FirstBlockCache", {}, "unknown cache of diffusers 'FirstBlockCache'; did you mean 'FirstBlockCacheConfig'"),
+        ("FirstBlockCacheConfig", {"treshold": 1}, "unknown option of FirstBlockCacheConfig 'treshold'; did you mean"),
+        ("FirstBlockCacheConfig", {"threshold": "x"}, "option 'threshold' of FirstBlockCacheConfig: .*; got 'x'"),
+        ("FirstBlockCacheConfig", {"threshold": float("nan")}, "option 'threshold' .* finite number; got nan"),
+        ("FirstBlockCacheConfig", {"threshold": -1.0}, "option 'threshold' of .* is at least 0; got -1.0"),
+        ("TaylorSeerCacheConfig", {"cache_interval": 0}, "option 'cache_interval' of .* is at least 1; got 0"),
+        ("TaylorSeerCacheConfig", {"taylor_factors_dtype": "int8"}, "name of a type such as 'bfloat16'; got 'int8'"),
+        (
+            "PyramidAttentionBroadcastConfig",
+            {"current_timestep_callback": 1},
+            "is a function, which a plan cannot hold; leave it out",
+        ),
+    ],
+)
+def test_bad_options_name_the_value_and_the_mend(config, options, words):
+    with pytest.raises((ValidationError, InputError), match=words):
+        HostCache(config=config, options=options)
+
+
+def test_survives_json():
+    plan = plan_of(TAYLOR)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_says_that_a_batch_decides_together():
+    with pytest.warns(UserWarning, match="FirstBlockCacheConfig decides for a batch as a whole"):
+        attach(tiny_wan(layers=2), plan_of(FIRST_BLOCK)).detach()
+
+
+def test_suggests_a_setting_that_works():
+    assert HostCache.suggest(tiny_wan(layers=2), 4).config == "FirstBlockCacheConfig"
+    assert HostCache.suggest(tiny_dit(), 4).config == "PyramidAttentionBroadcastConfig"
