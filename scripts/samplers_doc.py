@@ -126,7 +126,7 @@ def _metric(row: dict[str, Any], kind: str, digits: int) -> str:
 def _difference(pair: Sequence[float] | None) -> str:
     if pair is None:
         return ""
-    text = _number(*pair, sign="+")
+    text = _number(pair[0], pair[1], sign="+")
     return f"**{text}**" if _beyond(pair) else text
 
 

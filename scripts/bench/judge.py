@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.eval.assets import load_pipeline
 from fewstep.eval.conditions import conditions_for
@@ -18,6 +18,8 @@ from fewstep.eval.record import component_prints, sampling_config
 from fewstep.eval.score import Scorer
 from fewstep.samplers import Plan
 from fewstep.samplers.files import read_json, write_json
+
+Name = TypeVar("Name")
 
 KINDS = ("fd", "class_accuracy", "precision", "recall")
 NOT_SAID = ("fewstep_plan", "name", "tuned_for", "evidence")
@@ -114,6 +116,6 @@ def _jackknife(row: dict[str, Any]) -> Jackknife:
     )
 
 
-def best(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+def best(rows: Iterable[tuple[Name, dict[str, Any]]]) -> tuple[Name, dict[str, Any]]:
     """The named row of the least Fréchet distance."""
     return min(rows, key=lambda pair: fd(pair[1]))

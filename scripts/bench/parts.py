@@ -27,6 +27,7 @@ from fewstep.samplers.analytic_init import estimate_start_statistics
 from fewstep.samplers.build_knowledge import build_knowledge_base
 from fewstep.samplers.files import read_json, write_json
 from fewstep.samplers.recording import clean_samples
+from fewstep.samplers.redi import ReDi
 from fewstep.search.aligner import fit_aligner
 
 from .guidance_window import windowed
@@ -45,7 +46,8 @@ FIRST = 800
 WINDOW = (0.0, 0.6)
 "Fractions of the steps that are guided in the row of the guidance part."
 
-KNOWN = {"timesteps": [999, 899, 799, 199, 99], "key_step": 3}
+KNOWN = [999, 899, 799, 199, 99]
+KEY_STEP = 3
 "Grid and retrieval of the row of the redi part."
 
 
@@ -190,13 +192,13 @@ def guidance(case: Case) -> dict[str, Any] | None:
 
 def redi(case: Case) -> Path | None:
     """Five evaluations with a retrieval among them, for one solver on the demo with classes."""
-    bench, count = case.bench, len(KNOWN["timesteps"])
-    if (case.solver, case.budget, bench.guided) != ("dpmpp-2m", count, True):
+    bench = case.bench
+    if (case.solver, case.budget, bench.guided) != ("dpmpp-2m", len(KNOWN), True):
         return None
     path = case.file("redi")
-    start = {"type": "redi", "key_step": KNOWN["key_step"], "condition": "class_labels"}
-    plan = case.parsed(**case.on(type="explicit", timesteps=KNOWN["timesteps"]), start=start)
-    base = bench.files / plan.start.files[0]
+    part = ReDi(key_step=KEY_STEP, condition="class_labels")
+    plan = case.parsed(**case.on(type="explicit", timesteps=KNOWN)).model_copy(update={"start": part})
+    base = bench.files / part.file
     if not base.is_file():
         build_knowledge_base(bench.pipe, plan, bench.calls(bench.trajectories)).save(base)
     plan.save(path)
