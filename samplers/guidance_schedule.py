@@ -15,9 +15,7 @@ from .errors import InputError
 from .guidance import GUIDANCES
 from .network import Evaluation, output_tensor, with_output_tensor
 from .part import Part, Run
-
-NOT_BATCHED = ("img_ids", "txt_ids", "image_rotary_emb")
-"Inputs whose first dimension is a sequence, whatever its length."
+from .rows import NOT_BATCHED
 
 
 @GUIDANCES.register("guidance")

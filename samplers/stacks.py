@@ -108,6 +108,20 @@ def sublayers(network: nn.Module) -> dict[Kind, tuple[str, ...]]:
     return {kind: tuple(names) for kind, names in found.items()}
 
 
+def attention_of(block: nn.Module) -> str:
+    """The name, in a block, of the attention that comes first in it: that of the samples, where it has one.
+
+    Raises:
+        InputError: when it has none.
+    """
+    kinds = {name: _kind(name.rpartition(".")[2], module) for name, module in block.named_modules()}
+    for wanted in ("attention", "cross-attention"):
+        for name, kind in kinds.items():
+            if kind == wanted:
+                return name
+    raise InputError(f"{type(block).__name__} has no attention that fewstep knows")
+
+
 def positional_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's forward that can be given by position."""
     return _positional_names(type(module))
