@@ -243,8 +243,8 @@ class HostHook(CacheHook):
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"diffusers' {self.name} cannot work on {name or 'this'} of {type(module).__name__} "
-                f"({type(error).__name__}: {first}); use another cache"
+                f"diffusers' {self.name} fails at {name or 'the whole'}, a {type(module).__name__}, with "
+                f"{type(error).__name__}: {first}; use another cache"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from .call import CallHook, Step
 from .errors import InputError
-from .guidance_schedule import NOT_BATCHED
 from .host_call import Hosted, HostHook
 from .network import Evaluation, output_tensor
+from .rows import NOT_BATCHED
+
+TOLERANCE = 1e-3
+"Of the scale that an output was guided by, in its own precision."
 
 DIMENSIONS = {"BCHW": 4, "BCFHW": 5, "BFCHW": 5}
 
@@ -62,8 +66,8 @@ class FasterHook(HostHook):
 class BranchOrder(CallHook):
     """Refuses a pipeline whose batch has the conditional branch first, by what the scheduler is given.
 
-    With h1 and h2 the halves of the network's output, guidance gives h1 + s (h2 - h1): s > 1 where the first half is
-    unconditional, s < 0 where it is conditional.
+    With h1 and h2 the halves of the network's output, guidance gives h1 + s (h2 - h1): s >= 1 where the first half is
+    unconditional, s <= 0 where it is conditional.
     """
 
     def __init__(self) -> None:
@@ -81,28 +85,42 @@ class BranchOrder(CallHook):
         """Looks which half the result is on the far side of.
 
         Raises:
-            InputError: when that is the first one.
+            InputError: when that is the first one, or neither.
         """
-        if self.known or self.output is None or len(self.output) % 2:
+        if self.known or self.output is None:
             return
-        given = step.output.chunk(2)[0] if len(step.output) == len(self.output) else step.output
-        first, second = (half[:, : given.shape[1]].double() for half in self.output.chunk(2))
-        along = second - first
-        size = float((along * along).sum())
-        if first.shape != given.shape or size == 0:
+        share = _share(self.output, step.output)
+        if share is None:
             return
-        fits = []
-        for sign in (1, -1):  # some pipelines hand the scheduler the negative
-            beyond = sign * given.double() - first
-            share = float((beyond * along).sum()) / size
-            fits.append((float((beyond - share * along).norm()), share))
-        share = min(fits)[1]
-        if share < 0:
+        if not share >= 1 - TOLERANCE:
+            first = "stacks its conditional branch first" if share <= TOLERANCE else "combines its branches otherwise"
             raise InputError(
-                "this pipeline stacks its conditional branch first, and FasterCacheConfig would leave out that one; "
-                "use another cache"
+                f"FasterCacheConfig leaves out the first half of a batch as the unconditional one, and this pipeline "
+                f"{first}; use another cache"
             )
-        self.known, self.output = share > 1, None
+        self.known, self.output = True, None
+
+
+def _share(output: Tensor, given: Tensor) -> float | None:
+    """The s of guidance that fits best; None where the halves are the same, NaN where they have another shape.
+
+    Args:
+        output: (2 B, ...) what the network gave.
+        given: (B, ...) or stacked twice, what the scheduler is given; without the channels of a learned variance, and
+            negative in some pipelines.
+    """
+    given = given.chunk(2)[0] if len(given) == len(output) else given
+    first, second = (half[:, : given.shape[1]].double() for half in output.chunk(2))
+    if first.shape != given.shape:
+        return math.nan
+    along = second - first
+    size = float((along * along).sum())
+    fits = []
+    for sign in (1, -1):
+        beyond = sign * given.double() - first
+        share = float((beyond * along).sum()) / (size or 1)
+        fits.append((float((beyond - share * along).norm()), share))
+    return min(fits)[1] if size else None
 
 
 def _is_stacked(value: Any, rows: int) -> bool:

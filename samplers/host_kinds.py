@@ -13,6 +13,7 @@ import diffusers.hooks
 import torch
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _TEMPORAL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention import JointTransformerBlock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
@@ -185,14 +186,15 @@ def _known(block: type[nn.Module]) -> Any:
 
 def _check_arguments(blocks: list[nn.Module], hidden: str | None, encoder: str | None) -> None:
     """Refuses blocks without the arguments that diffusers reads; None stands for the name in its registry."""
-    for cls in map(type, blocks):
-        metadata = _known(cls)
+    for block in blocks:
+        metadata = _known(type(block))
         wanted = [hidden or metadata.hidden_states_argument_name]
         if metadata.return_encoder_hidden_states_index is not None:
             wanted.append(encoder or metadata.encoder_hidden_states_argument_name)
         for name in wanted:
-            if name not in inspect.signature(cls.forward).parameters:
-                raise InputError(f"it reads the argument {name!r}, which {cls.__name__} does not have; {ELSEWHERE}")
+            if name not in inspect.signature(block.forward).parameters:
+                cls = type(block).__name__
+                raise InputError(f"it reads the argument {name!r}, which {cls} does not have; {ELSEWHERE}")
 
 
 def _check_first_block(network: nn.Module, options: Mapping[str, Any]) -> None:
@@ -201,7 +203,7 @@ def _check_first_block(network: nn.Module, options: Mapping[str, Any]) -> None:
         raise InputError(f"it needs two blocks or more, and {type(network).__name__} has one")
     _check_arguments(blocks, "hidden_states", "encoder_hidden_states")
     pair = [_known(type(block)).return_encoder_hidden_states_index is None for block in (blocks[0], blocks[-1])]
-    dropped = getattr(blocks[-1], "context_pre_only", False)  # the last block of SD3 gives no text
+    dropped = isinstance(blocks[-1], JointTransformerBlock) and blocks[-1].context_pre_only  # then it gives no text
     if pair[0] != pair[1] or dropped:
         raise InputError(
             "it subtracts what the first block gives from what the last one gives, and in "
