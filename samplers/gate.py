@@ -91,15 +91,20 @@ class Gate(CachePart):
 
 @dataclass(frozen=True)
 class _Decision:
-    """Which rows compute in a step.
+    """Which samples compute in a step.
 
     Attributes:
         index: of the step.
-        computes: bool (rows,).
+        computes: bool (samples,), or (1,) for all of them.
     """
 
     index: int
     computes: Tensor
+
+    def is_for(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation is another one of the same step and samples."""
+        follows = evaluation.ordinal > 0 and evaluation.index == self.index
+        return follows and evaluation.rows % len(self.computes) == 0
 
 
 class _GateHook(CacheHook):
@@ -136,20 +141,19 @@ class _GateHook(CacheHook):
 
     def _decide(self, evaluation: Evaluation, change: Tensor | None) -> Tensor:
         """Which rows compute, bool (rows,), by how much each changed; None where there is nothing to compare with."""
-        leader, rows = self._decisions.get(evaluation.component), evaluation.rows
+        leader = self._decisions.get(evaluation.component)
         if change is None or self._is_due(evaluation) or not StackPass.is_kept(self.memory, self.layouts, evaluation):
-            computes = torch.ones(rows, dtype=torch.bool)
-        elif evaluation.ordinal and leader and leader.index == evaluation.index and len(leader.computes) == rows:
-            return leader.computes
+            samples = torch.ones(1, dtype=torch.bool)
+        elif leader is not None and leader.is_for(evaluation):
+            samples = leader.computes
         else:
             skips = self.memory.recall("skips", evaluation)
             most = math.inf if self.part.max_skips is None else self.part.max_skips
             computes = ~(change < self.part.threshold) | (skips >= most)
-            branches = stacked_branches(evaluation.inputs)
-            computes = computes.reshape(branches, -1).any(0).repeat(branches)
+            samples = computes.reshape(stacked_branches(evaluation.inputs), -1).any(0)
         if not evaluation.ordinal:
-            self._decisions[evaluation.component] = _Decision(evaluation.index, computes)
-        return computes
+            self._decisions[evaluation.component] = _Decision(evaluation.index, samples)
+        return samples.repeat(evaluation.rows // len(samples))
 
     def _is_due(self, evaluation: Evaluation) -> bool:
         """Whether everything is computed in this step, whatever changed."""

@@ -217,7 +217,7 @@ def _kind(name: str, module: nn.Module) -> Kind | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _positional_names(cls: type[nn.Module]) -> tuple[str, ...]:
+def _positional_names(cls: Any) -> tuple[str, ...]:
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in parameters if parameter.kind in by_position)
@@ -240,7 +240,7 @@ def _of_tuple(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[
 
 
 @functools.lru_cache(maxsize=256)
-def _returned_names(cls: type[nn.Module]) -> tuple[str, ...]:
+def _returned_names(cls: Any) -> tuple[str, ...]:
     """Names of the variables in the tuple that a forward returns, where it returns one tuple of names."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
