@@ -124,7 +124,9 @@ class HostCache(CachePart):
 
     def make(self, modules: Mapping[str, nn.Module], run: Run) -> HostHook:
         """Diffusers' hooks, made anew for one call."""
-        return self.kind.hook(self.config, modules, denoisers(run.pipe), run.scheduler, self._hooks)
+        reached = {name.partition(".")[0] for name in modules}
+        networks = {component: network for component, network in denoisers(run.pipe).items() if component in reached}
+        return self.kind.hook(self.config, modules, networks, run.scheduler, self._hooks)
 
     def _hooks(self, network: nn.Module, clock: Clock, steps: int) -> Hooks:
         """The hooks that diffusers registers for a network, on an outline of it.

@@ -147,7 +147,7 @@ class HostHook(CacheHook):
     Args:
         name: diffusers' configuration, for error messages.
         modules: what is hooked, by component, a dot, and name.
-        networks: the pipeline's networks by component.
+        networks: those of the pipeline that the hooks are for, by component.
         scheduler: the one that the call steps.
         install: from a network, a clock and the number of timesteps to its hooks.
     """
@@ -197,7 +197,7 @@ class HostHook(CacheHook):
             self._running = None
 
     def pass_module(self, passing: Passing) -> Any:
-        """Runs the hooks of one module."""
+        """Runs the hooks of one module, with copies of what they could write into and the caller holds."""
         if self._running is None:
             return passing.run()
 
@@ -205,7 +205,8 @@ class HostHook(CacheHook):
             return passing.run_with(args, kwargs, passing.evaluation.rows)
 
         name = passing.name.removeprefix(f"{passing.evaluation.component}.")
-        return self._through(self._running, name, passing.module, below, passing.args, passing.kwargs)
+        kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in passing.kwargs.items()}
+        return self._through(self._running, name, passing.module, below, passing.args, kwargs)
 
     def held_bytes(self) -> int:
         """Bytes that the hooks keep now; a storage that several tensors share counts once."""
