@@ -57,7 +57,7 @@ def cut_unet(network: nn.Module, depth: int, layer: int | None) -> Cut:
         if not deeper:
             raise InputError(f"{name} has nothing below all layers of level {depth}; lower depth or layer")
         return Cut((*_samplers(down[depth], f"down_blocks.{depth}"), *deeper), (deeper[-1],))
-    if layer > layers:
+    if layer > layers or not layers:
         raise InputError(
             f"level {depth} of {name} has {layers} layers that can be cut; got layer {layer}; "
             f"{'give at most that' if layers else 'leave the level whole with layer null'}"
@@ -79,7 +79,9 @@ def _check_level(name: str, below: Any, above: Any) -> None:
         raise InputError(f"{name} carries the image past its levels in {kind}, which cannot be cut")
     plain = hasattr(below, "resnets") and hasattr(above, "resnets") and not kind.startswith(("KDown", "KCross"))
     if not plain or len(above.resnets) != len(below.resnets) + 1:
-        raise InputError(f"{name} has levels of {kind} and {type(above).__name__}, whose layers are not joined in pairs")
+        raise InputError(
+            f"{name} has levels of {kind} and {type(above).__name__}, whose layers are not joined in pairs"
+        )
 
 
 def _samplers(block: Any, name: str) -> list[str]:

@@ -56,7 +56,8 @@ class UNetDeep(CachePart):
         default=None, ge=1, description="How unevenly a quadratic schedule is spaced; 1 is even; 1.4."
     )
     steps: tuple[int, ...] | None = Field(
-        default=None, description="Instead of an interval: the steps that compute, counted from 0, which is one of them."
+        default=None,
+        description="Instead of an interval: the steps that compute, counted from 0, which is one of them.",
     )
     depth: int = Field(default=0, ge=0, description="Level of the cut; 0 is the outermost.")
     layer: int | None = Field(
@@ -77,6 +78,21 @@ class UNetDeep(CachePart):
         if self.steps is not None and (self.steps[:1] != (0,) or list(self.steps) != sorted(set(self.steps))):
             raise ValueError(f"steps begin with 0 and increase; got {self.steps}")
         return self
+
+    @classmethod
+    def suggest(cls, pipe: Any, steps: int) -> UNetDeep:
+        """Every second step computes, and the cut is as far out as it can be.
+
+        Raises:
+            InputError: when no network of the pipeline is a U-Net that can be cut.
+        """
+        try:
+            part = cls(interval=2)
+            part.modules(pipe)
+        except InputError:
+            part = cls(interval=2, layer=None)
+            part.modules(pipe)
+        return part
 
     def reach(self, network: nn.Module) -> tuple[str, ...]:
         """The blocks and layers inside the cut.
@@ -226,7 +242,10 @@ def _writes_in_place(evaluation: Evaluation) -> bool:
     inputs = evaluation.inputs
     if inputs.get("down_intrablock_additional_residuals") is not None:
         return True
-    if inputs.get("down_block_additional_residuals") is not None and inputs.get("mid_block_additional_residual") is None:
+    if (
+        inputs.get("down_block_additional_residuals") is not None
+        and inputs.get("mid_block_additional_residual") is None
+    ):
         return True
     blocks: Any = evaluation.network.up_blocks
     return any(getattr(block, "s1", None) is not None for block in blocks)
