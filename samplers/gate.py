@@ -130,8 +130,8 @@ class _GateHook(CacheHook):
         evaluation = passing.evaluation
         if self._first_index is None:
             self._first_index = evaluation.index
-        computes = self._decide(evaluation, self.criterion.change(passing))
         skips = self.memory.recall("skips", evaluation)
+        computes = self._decide(evaluation, self.criterion.change(passing), skips)
         skips = torch.zeros(evaluation.rows, dtype=torch.int64) if skips is None else skips
         self.memory.keep("skips", torch.where(computes, 0, skips + 1), evaluation)
         self.criterion.keep(evaluation, computes)
@@ -139,15 +139,23 @@ class _GateHook(CacheHook):
         self._way = StackPass(self.memory, self.layouts, evaluation, picks)
         return self.criterion.enter(passing, self._way)
 
-    def _decide(self, evaluation: Evaluation, change: Tensor | None) -> Tensor:
-        """Which rows compute, bool (rows,), by how much each changed; None where there is nothing to compare with."""
+    def _decide(self, evaluation: Evaluation, change: Tensor | None, skips: Tensor | None) -> Tensor:
+        """Which rows compute, bool (rows,).
+
+        Args:
+            evaluation: the evaluation.
+            change: how much each row changed; None where there is nothing to compare with.
+            skips: how often in a row each was skipped; None where that was not followed.
+        """
         leader = self._decisions.get(evaluation.component)
-        if change is None or self._is_due(evaluation) or not StackPass.is_kept(self.memory, self.layouts, evaluation):
+        known = change is not None and skips is not None and StackPass.is_kept(self.memory, self.layouts, evaluation)
+        if not known or self._is_due(evaluation):
             samples = torch.ones(1, dtype=torch.bool)
         elif leader is not None and leader.is_for(evaluation):
             samples = leader.computes
         else:
-            skips = self.memory.recall("skips", evaluation)
+            assert change is not None
+            assert skips is not None
             most = math.inf if self.part.max_skips is None else self.part.max_skips
             computes = ~(change < self.part.threshold) | (skips >= most)
             samples = computes.reshape(stacked_branches(evaluation.inputs), -1).any(0)

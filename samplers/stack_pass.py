@@ -67,11 +67,19 @@ class Layouts:
         """The layout of a block that ran.
 
         Raises:
-            InputError: when its streams cannot be told.
+            InputError: when its streams cannot be told, or the samples in them cannot be told apart.
         """
         if passing.name not in self.known:
             streams = streams_of(passing.module, passing.args, passing.kwargs, output)
-            self.known[passing.name] = Layout(streams, None if isinstance(output, Tensor) else len(output))
+            layout = Layout(streams, None if isinstance(output, Tensor) else len(output))
+            rows = passing.evaluation.rows
+            for tensor in layout.outgoing(output).values():
+                if len(tensor) % rows or (tensor.ndim < 3 and len(tensor) != rows):
+                    raise InputError(
+                        f"{type(passing.module).__name__} gives {tuple(tensor.shape)} for {rows} samples: it packs "
+                        "them into one sequence, in which none can be left out; call the pipeline for one at a time"
+                    )
+            self.known[passing.name] = layout
         return self.known[passing.name]
 
     def starts_of(self, evaluation: Evaluation) -> list[str]:

@@ -114,7 +114,9 @@ def attention_of(block: nn.Module) -> str:
     Raises:
         InputError: when it has none.
     """
-    kinds = {name: _kind(name.rpartition(".")[2], module) for name, module in block.named_modules()}
+    kinds: dict[str, Kind | None] = {
+        name: _kind(name.rpartition(".")[2], module) for name, module in block.named_modules()
+    }
     for wanted in ("attention", "cross-attention"):
         for name, kind in kinds.items():
             if kind == wanted:
@@ -124,7 +126,8 @@ def attention_of(block: nn.Module) -> str:
 
 def positional_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's forward that can be given by position."""
-    return _positional_names(type(module))
+    cls: Any = type(module)
+    return _positional_names(cls)
 
 
 def input_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -224,10 +227,11 @@ def _positional_names(cls: Any) -> tuple[str, ...]:
 
 
 def _of_tuple(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[int, Tensor]) -> Streams:
-    returned = _returned_names(type(module))
+    cls: Any = type(module)
+    returned = _returned_names(cls)
     if returned and set(returned) <= set(positional_names(module)):
         return tuple((name, position) for position, name in enumerate(returned))
-    registered = _registered(type(module))
+    registered = _registered(cls)
     if registered:
         return registered
     fits = {

@@ -292,10 +292,9 @@ def test_an_evaluation_that_leaves_blocks_out_follows_too():
 
 def test_a_guidance_window_leaves_rows_out_and_takes_them_up_again():
     pipe = tiny_dit(layers=3)
-    for window in ((0.0, 0.5), (0.5, 1.0)):
-        plan = Plan(
-            grid=SpacingGrid(steps=8), guidance=GuidanceSchedule(scale=3.0, window=window), caches=Gate(threshold=0.6)
-        )
+    for window, threshold in itertools.product(((0.0, 0.5), (0.5, 1.0)), (0.6, ALWAYS)):
+        guidance = GuidanceSchedule(scale=3.0, window=window)
+        plan = Plan(grid=SpacingGrid(steps=8), guidance=guidance, caches=Gate(threshold=threshold))
         arguments = call_arguments(pipe, batch=2) | {"class_labels": [1, 2]}
         with attach(pipe, plan) as handle:
             together = torch.as_tensor(pipe(**arguments).images)
@@ -401,6 +400,18 @@ def test_blocks_that_are_none_are_refused_while_they_run():
         way.through(passing)
     with pytest.raises(InputError, match=r"net.0 runs twice in one evaluation"):
         way.through(passing)
+
+
+def test_samples_that_are_packed_into_one_sequence_are_refused():
+    class Packed(nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states + 1
+
+    for shape in ((1, 6, 3), (6, 3)):
+        evaluation = Evaluation("net", nn.Identity(), {"sample": torch.ones(2, 3)}, 0, 0, 0.0)
+        passing = Passing("net.0", Packed(), (torch.ones(shape),), {}, evaluation)
+        with pytest.raises(InputError, match=r"Packed gives \(.*\) for 2 samples: it packs them into one sequence"):
+            StackPass(Memory(), Layouts(), evaluation, None).through(passing)
 
 
 def test_rows_are_picked_and_put_back():
