@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -91,15 +91,25 @@ class MaskPart(CachePart):
 
     def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
         """The hook of one call: each network has its modules in the order of the table."""
-        table, seen, computes = self.table(), Counter[str](), {}
+        table = self.table()
         assert table is not None
-        for name in modules:
-            component = name.partition(".")[0]
-            column = seen[component] if len(table[0]) > 1 else 0
-            computes[name] = tuple(row[column] for row in table)
-            seen[component] += 1
+        computes = {
+            name: tuple(row[column if len(row) > 1 else 0] for row in table)
+            for name, column in columns(modules).items()
+        }
         residual = frozenset(name for name in modules if self.residual(name))
         return MaskHook(self.type, modules, computes, run.scheduler, self.forecasts(), residual)
+
+
+def columns(modules: Iterable[str]) -> dict[str, int]:
+    """Of each module, by component, a dot, and name, its place among those of its component."""
+    seen = Counter[str]()
+    found = {}
+    for name in modules:
+        component = name.partition(".")[0]
+        found[name] = seen[component]
+        seen[component] += 1
+    return found
 
 
 def check_steps(part: str, made_for: int, steps: int) -> None:
