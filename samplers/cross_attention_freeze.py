@@ -36,7 +36,8 @@ class CrossAttentionFreeze(CachePart):
     at the same step leaves the branch out.
 
     Works on U-Nets and on transformers whose blocks have an attention module of their own for the text. Transformers
-    that attend to text and image in the same modules have nothing to freeze and are refused.
+    that attend to text and image in the same modules have nothing to freeze and are refused. Attention to a sequence of
+    one token, as in Stable Video Diffusion, says the same in every step: freezing it costs nothing.
     """
 
     type: Literal["cross-attention-freeze"] = "cross-attention-freeze"
@@ -51,16 +52,27 @@ class CrossAttentionFreeze(CachePart):
             raise ValueError(f"give one of after and fraction; got after={self.after}, fraction={self.fraction}")
         return self
 
+    @classmethod
+    def suggest(cls, pipe: Any, steps: int) -> CrossAttentionFreeze:
+        """Half of the steps compute.
+
+        Raises:
+            InputError: when no network of the pipeline has cross-attention.
+        """
+        part = cls(fraction=0.5)
+        part.modules(pipe)
+        return part
+
     def reach(self, network: nn.Module) -> tuple[str, ...]:
         """The cross-attention modules.
 
         Raises:
             InputError: when there are none.
         """
-        found = tuple(name for name, module in network.named_modules() if _is_cross_attention(name, module))
+        inner = getattr(network, "_orig_mod", network)
+        found = tuple(name for name, module in inner.named_modules() if _is_cross_attention(name, module))
         if found:
             return found
-        inner = getattr(network, "_orig_mod", network)
         takes_text = any(name in inspect.signature(type(inner).forward).parameters for name in TEXTS)
         reason = "attends to text and image in the same modules" if takes_text else "attends to no text"
         raise InputError(f"{type(inner).__name__} has no cross-attention: it {reason}")

@@ -41,7 +41,7 @@ class UNetDeep(CachePart):
     ControlNets and IP-Adapters act on what runs. Blocks compiled by themselves stay compiled, skipped or not. Where the
     cut goes through a compiled block, or the U-Net is compiled as a whole, the results are the same, but the graph
     breaks at each module that can be skipped, and after eight recompilations torch runs the code between as it is:
-    compile the blocks, and leave the level whole with ``layer`` null.
+    compile the blocks, and set ``layer`` to null, which leaves only the level's downsampler to break one.
     """
 
     type: Literal["unet-deep"] = "unet-deep"

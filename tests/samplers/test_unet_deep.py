@@ -80,7 +80,7 @@ def whole_with_old_features(module, computes):
         handle.remove()
 
 
-@pytest.mark.parametrize("cut", [(0, 0), (0, 1), (0, None), (1, 1), (1, None)])
+@pytest.mark.parametrize("cut", [(0, 0), (0, None), (1, 1)])
 @pytest.mark.parametrize("name", UNETS)
 def test_is_the_whole_network_with_old_features(name, cut):
     family = ZOO[name]
@@ -177,7 +177,7 @@ def test_a_lora_is_part_of_the_network():
 
 
 def test_the_two_evaluations_of_heun_are_two_steps():
-    pipe = tiny_stable_diffusion(scheduler=HeunDiscreteScheduler(), layers=2)
+    pipe = tiny_stable_diffusion(scheduler=HeunDiscreteScheduler(steps_offset=1), layers=2)
     part = UNetDeep(interval=4)
     computes = part.computes(9)
     with whole_with_old_features(giver(pipe.unet, 0, 0), computes):
