@@ -25,6 +25,8 @@ CRITERIA = ("first-block", "modulated-input")
 UNETS = ("ddim", "ddpm", "stable-diffusion", "img2img", "inpaint", "controlnet", "ip-adapter", "sdxl", "stable-video")
 UNETS += ("animatediff",)
 TRANSFORMERS = [name for name in ZOO if name not in UNETS]
+ALIKE = ("flux-img2img", "flux-kontext", "pixart-sigma", "amused")
+"Networks of other families; and tokens, which are drawn for the whole batch at once."
 ALWAYS = 1e9
 "A threshold that no change reaches."
 
@@ -109,7 +111,7 @@ MATES_DIFFER = {
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if not ZOO[name].tokens])
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name not in ALIKE])
 def test_a_sample_does_not_depend_on_its_batch_mates(name, criterion):
     family = ZOO[name]
     pipe, plain, plain_alone = plain_run(name)
