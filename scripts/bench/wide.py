@@ -1,0 +1,195 @@
+"""Fixed masks on wide networks with random weights: time saved against operations saved, the denoiser alone, batch 1.
+
+``python -m fewstep.scripts.bench.wide --out caches-wide.json``
+
+What a fixed mask saves does not depend on the weights. Each case is called in turn with the uncached run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from fewstep.samplers import Plan, uniform_mask
+from fewstep.samplers.files import read_json, write_json
+from fewstep.samplers.network import denoisers
+
+from .cache_cost import Trial, counted, timed
+from .caches import machine
+
+STEPS = 4
+Call = Callable[[], Any]
+
+
+@contextmanager
+def built_as(dtype: torch.dtype) -> Iterator[None]:
+    """Networks that are built in the block have this type from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def dit_xl() -> tuple[Any, Call]:
+    """DiT-XL/2 for 256 pixels: 28 blocks of width 1152 on 256 tokens, float32."""
+    network = DiTTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+    )
+    decoder = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **_levels(4))
+    pipe = DiTPipeline(network.eval(), decoder, DDIMScheduler())
+    return pipe, partial(pipe, class_labels=[1], guidance_scale=1.0, output_type="np")
+
+
+def sdxl() -> tuple[Any, Call]:
+    """The U-Net of Stable Diffusion XL, 2.6 billion parameters, at 512 pixels, bfloat16."""
+    with built_as(torch.bfloat16):
+        network = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    pipe = StableDiffusionXLPipeline(None, None, None, None, None, network.eval(), DDIMScheduler())
+    text = {"prompt_embeds": _noise(1, 77, 2048), "pooled_prompt_embeds": _noise(1, 1280)}
+    return pipe, partial(pipe, **text, height=512, width=512, guidance_scale=1.0, output_type="latent")
+
+
+def flux() -> tuple[Any, Call]:
+    """Flux's blocks of width 3072, 2 double ones and 4 single ones, on 256 tokens and 64 of text, bfloat16."""
+    with built_as(torch.bfloat16):
+        network = FluxTransformer2DModel(num_layers=2, num_single_layers=4, guidance_embeds=True)
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, network.eval())
+    text = {"prompt_embeds": _noise(1, 64, 4096), "pooled_prompt_embeds": _noise(1, 768)}
+    return pipe, partial(pipe, **text, height=256, width=256, output_type="latent")
+
+
+def _levels(count: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "latent_channels": 4,
+    }
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def _mask(every: int, **settings: Any) -> dict[str, Any]:
+    mask = uniform_mask(STEPS, every, **settings)
+    return {"type": "block-mask"} | mask.model_dump(mode="json", exclude_defaults=True)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A network and the caches that are tried on it, by what the table calls them."""
+
+    build: Callable[[], tuple[Any, Call]]
+    caches: dict[str, dict[str, Any]]
+
+
+MASKS = {
+    "blocks, every 2": _mask(2),
+    "blocks, every 4": _mask(4),
+    "attention and MLP, every 2": _mask(2, targets=("attention", "mlp")),
+    "blocks, every 2, order 1": _mask(2, order=1),
+}
+DEEP = {
+    "cut 0.0, every 2": {"type": "unet-deep", "interval": 2},
+    "cut 0.0, every 4": {"type": "unet-deep", "interval": 4},
+    "cut 1.0, every 2": {"type": "unet-deep", "interval": 2, "depth": 1},
+}
+NETWORKS = {"dit-xl": Wide(dit_xl, MASKS), "sdxl": Wide(sdxl, DEEP), "flux": Wide(flux, MASKS)}
+
+
+def measured(wide: Wide, repeats: int) -> dict[str, Any]:
+    """For each cache by what factor it saves operations and time, and the share that time is of operations.
+
+    Args:
+        wide: the network.
+        repeats: calls behind each speed.
+    """
+    torch.manual_seed(0)
+    pipe, call = wide.build()
+    pipe.set_progress_bar_config(disable=True)
+    network = next(iter(denoisers(pipe).values()))
+    base = Trial(_plan({}))
+    trials = {name: Trial(_plan(cache)) for name, cache in wide.caches.items()}
+    uncached, _ = counted(pipe, base, call)
+    speeds = timed(pipe, base, trials, call, repeats)
+    rows = []
+    for name, trial in trials.items():
+        operations, held = counted(pipe, trial, call)
+        share = {clock: speeds[name][clock]["ratio"] * operations / uncached for clock in ("wall", "processor")}
+        row = {"cache": name, "plan": _said(trial.plan), "nfe": STEPS, "flops": uncached / operations, "bytes": held}
+        rows.append(row | {"times": speeds[name], "share": share})
+    size = sum(parameter.numel() for parameter in network.parameters())
+    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return {"about": (wide.build.__doc__ or "").rstrip("."), "parameters": size, "dtype": dtype, "rows": rows}
+
+
+def _plan(cache: dict[str, Any]) -> Plan:
+    grid = {"type": "spacing", "steps": STEPS}
+    return Plan.from_json({"fewstep_plan": 1, "grid": grid} | ({"caches": [cache]} if cache else {}))
+
+
+def _said(plan: Plan) -> dict[str, Any]:
+    return {key: value for key, value in plan.to_json().items() if key != "fewstep_plan"}
+
+
+def main() -> None:
+    """Writes ``--out`` after each network, beside those that are in it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = dict(read_json(options.out)["networks"]) if options.out.is_file() else {}
+    for name in options.networks:
+        found[name] = measured(NETWORKS[name], options.repeats)
+        for row in found[name]["rows"]:
+            print(name, row["cache"], f"operations {row['flops']:.3f}x", row["share"], flush=True)  # noqa: T201
+        write_json(options.out, {"steps": STEPS, "repeats": options.repeats, "machine": machine(), "networks": found})
+
+
+if __name__ == "__main__":
+    main()
