@@ -177,7 +177,7 @@ def _parts(found: Found) -> str:
 def _part(part: str, row: dict[str, Any]) -> str:
     """The name of a part, with what was chosen for it."""
     plan = row["plan"]
-    if part == "epsilon-scaling":
+    if "epsilon-scaling" in part:
         return f"`{part}` {plan['correction']['scale']:g}"
     if part == "time-shift":
         cell = plan["conditioning"]

@@ -133,15 +133,21 @@ class Case:
         return self.plan | {"solver": solver | {"config": config}, "grid": grid}
 
 
-def time_shift(case: Case) -> dict[str, Any]:
-    """The cell that was best on the U-Net, of DPM-Solver++ where the solver was not searched."""
+def time_shift(case: Case) -> dict[str, Any] | None:
+    """The cell that was best on the U-Net, of DPM-Solver++ where the solver was not searched; none without a search."""
     cells = case.bench.cells
-    return shifted(case.plan, **cells.get(case.solver, cells["dpmpp-2m"]))
+    cell = cells.get(case.solver, cells.get("dpmpp-2m"))
+    return cell and shifted(case.plan, **cell)
 
 
 def epsilon_scaling(case: Case) -> dict[str, Any]:
     """The scale that is best on the screening seeds."""
-    plans = [case.plan | {"correction": {"type": "epsilon-scaling", "scale": scale}} for scale in SCALES]
+    return scaled(case, case.plan)
+
+
+def scaled(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with the scale that is best on the screening seeds."""
+    plans = [plan | {"correction": {"type": "epsilon-scaling", "scale": scale}} for scale in SCALES]
     return best((plan, case.bench.screen.row(plan)) for plan in plans)[0]
 
 
@@ -166,6 +172,11 @@ def aligner(case: Case) -> Path:
 def early_start(case: Case) -> dict[str, Any]:
     """The same spacing from `FIRST` on."""
     return case.on(type="rule", rule=case.spacing, steps=case.budget, options={"first": FIRST})
+
+
+def early_scaled(case: Case) -> dict[str, Any]:
+    """The early start with epsilon scaling."""
+    return scaled(case, early_start(case))
 
 
 def analytic_init(case: Case) -> Path:
@@ -208,6 +219,7 @@ def redi(case: Case) -> Path | None:
 PARTS: dict[str, Callable[[Case], dict[str, Any] | Path | None]] = {
     "early-start": early_start,
     "analytic-init": analytic_init,
+    "early-start, epsilon-scaling": early_scaled,
     "time-shift": time_shift,
     "epsilon-scaling": epsilon_scaling,
     "zero-snr": zero_snr,
@@ -215,7 +227,7 @@ PARTS: dict[str, Callable[[Case], dict[str, Any] | Path | None]] = {
     "aligner": aligner,
     "redi": redi,
 }
-BESIDE = {"analytic-init": "early-start"}
+BESIDE = {"analytic-init": "early-start", "early-start, epsilon-scaling": "early-start"}
 "Parts that contain another one, with which they are compared too."
 
 
@@ -240,7 +252,7 @@ def main() -> None:
     parser.add_argument("--pipe", default="demo:fashion-dit")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--solvers", type=Path, required=True, help="result of fewstep.scripts.bench.solvers")
-    parser.add_argument("--time_shift", type=Path, required=True, help="result of fewstep.scripts.bench.time_shift")
+    parser.add_argument("--time_shift", type=Path, help="result of fewstep.scripts.bench.time_shift; none: no such row")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=2560)
     parser.add_argument("--screen_n", type=int, default=256)
@@ -253,11 +265,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = {key: getattr(options, key) for key in ("samples", "iterations", "trajectories")}
+    searched = read_json(options.time_shift)["solvers"] if options.time_shift else {}
     bench = Bench(
         judge=Judge(options.pipe, options.work, options.n, 0),
         screen=Judge(options.pipe, options.work, options.screen_n, SCREEN_SEED),
         files=options.work / "plans",
-        cells={name: found["best"] for name, found in read_json(options.time_shift)["solvers"].items()},
+        cells={name: found["best"] for name, found in searched.items()},
         **settings,
     )
     cases: list[dict[str, Any]] = []
