@@ -4,20 +4,25 @@ from .adaptive_steps import AdaptiveSteps
 from .aligner import Aligner
 from .analytic_init import AnalyticInit, StartStatistics, estimate_start_statistics
 from .attach import Attachment, PlanWarning, attach
+from .block_mask import BlockMask, uniform_mask
 from .build_knowledge import build_knowledge_base
 from .cache import CACHES, CachePart
 from .cache_call import CacheHook, Memory, Passing
 from .call import Call, CallHook, Step
+from .cross_attention_freeze import CrossAttentionFreeze
 from .diagnosis import Diagnosis, Finding
 from .doctor import doctor
 from .epsilon_scaling import EpsilonScaling
 from .errors import InputError
 from .escalate import Escalate, calibrate_escalation
 from .explicit import ExplicitSupport, explicit_support
+from .feature_changes import measure_changes
 from .fingerprint import fingerprint
+from .gate import Gate
 from .grid import ExplicitGrid, SpacingGrid
 from .guidance import ConstantGuidance
 from .guidance_schedule import GuidanceSchedule
+from .host_cache import HostCache
 from .knowledge import KnowledgeBase
 from .model_switch import ModelSwitch
 from .network import Evaluation, denoisers
@@ -26,11 +31,14 @@ from .plan import Plan
 from .process import Process
 from .provenance import Evidence, TunedFor
 from .redi import ReDi
+from .router import Router, write_router
 from .rule_grid import RuleGrid
 from .scoring import Scorer
 from .solver import DiffusersSolver
 from .stats import ModuleRows, Stats, StepRecord, Work
+from .step_rehash import StepRehash
 from .time_shift import TimeShift
+from .unet_deep import UNetDeep
 
 __all__ = [
     "CACHES",
@@ -38,11 +46,13 @@ __all__ = [
     "Aligner",
     "AnalyticInit",
     "Attachment",
+    "BlockMask",
     "CacheHook",
     "CachePart",
     "Call",
     "CallHook",
     "ConstantGuidance",
+    "CrossAttentionFreeze",
     "Diagnosis",
     "DiffusersSolver",
     "EpsilonScaling",
@@ -52,7 +62,9 @@ __all__ = [
     "ExplicitGrid",
     "ExplicitSupport",
     "Finding",
+    "Gate",
     "GuidanceSchedule",
+    "HostCache",
     "InputError",
     "KnowledgeBase",
     "Memory",
@@ -64,6 +76,7 @@ __all__ = [
     "PlanWarning",
     "Process",
     "ReDi",
+    "Router",
     "RuleGrid",
     "Run",
     "Sampling",
@@ -73,8 +86,10 @@ __all__ = [
     "Stats",
     "Step",
     "StepRecord",
+    "StepRehash",
     "TimeShift",
     "TunedFor",
+    "UNetDeep",
     "Work",
     "attach",
     "build_knowledge_base",
@@ -84,4 +99,7 @@ __all__ = [
     "estimate_start_statistics",
     "explicit_support",
     "fingerprint",
+    "measure_changes",
+    "uniform_mask",
+    "write_router",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import ValidationError
 from torch import nn
 
 from .cache_call import CacheHook
 from .errors import InputError
+from .explicit import grid_adapter
 from .network import denoisers
 from .part import Part, Run
 from .registry import Registry
+from .wrapped import wrap_scheduler
 
 CACHES: Registry[type[Part]] = Registry("cache type")
 
@@ -31,7 +33,7 @@ class CachePart(Part):
 
     @abstractmethod
     def computes(self, steps: int) -> tuple[bool, ...] | None:
-        """Of each step of the scheduler's timesteps, whether everything is computed; None where the data decide.
+        """Of each of the scheduler's timesteps, whether everything is computed; None where the data decide.
 
         Args:
             steps: how many timesteps there are.
@@ -51,13 +53,7 @@ class CachePart(Part):
         Raises:
             InputError: when it works on none of the pipeline's networks, or has no setting that needs no knowledge.
         """
-        try:
-            part = cls()  # type: ignore[call-arg]
-        except ValidationError as error:
-            names = ", ".join(str(problem["loc"][0]) for problem in error.errors())
-            raise InputError(f"it has to be made for a pipeline first: {names}") from None
-        part.modules(pipe)
-        return part
+        raise InputError("it has no setting that needs no knowledge of the network")
 
     @abstractmethod
     def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
@@ -76,8 +72,8 @@ class CachePart(Part):
                 another cache has the same modules.
         """
         modules = self.modules(run.pipe)
-        steps = run.call_arguments.get("num_inference_steps")
-        if steps is not None and all(self.computes(int(steps)) or (False,)):
+        steps = count_timesteps(run)
+        if steps is not None and all(self.computes(steps) or (False,)):
             run.warnings.append(f"the {self.type} cache computes all of {steps} steps: it saves nothing")
         run.claim(self.type, modules)
         run.caches.append(lambda: self.make(modules, run))
@@ -100,3 +96,21 @@ class CachePart(Part):
         if not found:
             raise InputError(f"the {self.type} cache cannot work on {type(pipe).__name__}: {'; '.join(reasons)}")
         return found
+
+
+def count_timesteps(run: Run) -> int | None:
+    """How many timesteps the scheduler of a run will have: more than steps, where it evaluates twice in one.
+
+    None where the plan has no grid, or the scheduler needs to know the resolution first.
+    """
+    steps = run.call_arguments.get("num_inference_steps")
+    if steps is None:
+        return None
+    scheduler = copy.deepcopy(run.scheduler)
+    if run.timesteps is not None:
+        wrap_scheduler(scheduler, grid_adapter(scheduler, run.timesteps))
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError):  # a shift by resolution is set by the pipeline's call
+        return steps if scheduler.order == 1 else None
+    return len(scheduler.timesteps)

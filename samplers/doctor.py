@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .attach import PlanWarning, attach
-from .cache import CACHES, CachePart
+from .cache import CACHES, CachePart, count_timesteps
 from .diagnosis import Diagnosis, Finding
 from .errors import InputError
 from .explicit import EXPLICIT, ExplicitSupport, explicit_support, grid_adapter
@@ -68,8 +68,7 @@ def _about_plan(pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> list[Fin
     """Each part by itself, in the order of the plan; then all together."""
     run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=resources, folder=plan.folder)
     known = frozenset(inspect.signature(type(pipe).__call__).parameters)
-    steps = _steps(pipe, plan)
-    findings = [_about_part(f"{slot}: {part.type}", part, run, known, pipe, steps) for slot, part in plan.placed]
+    findings = [_about_part(f"{slot}: {part.type}", part, run, known) for slot, part in plan.placed]
     if run.timesteps is not None:
         try:
             grid_adapter(run.scheduler, run.timesteps)
@@ -87,10 +86,12 @@ def _about_plan(pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> list[Fin
     return findings
 
 
-def _about_part(subject: str, part: Part, run: Run, known: frozenset[str], pipe: Any, steps: int) -> Finding:
+def _about_part(subject: str, part: Part, run: Run, known: frozenset[str]) -> Finding:
     try:
         part.prepare(run, known)
-        return _about_cache(subject, part, pipe, steps) if isinstance(part, CachePart) else Finding(subject, "runs", "")
+        if not isinstance(part, CachePart):
+            return Finding(subject, "runs", "")
+        return _about_cache(subject, part, run.pipe, count_timesteps(run) or _default_steps(run.pipe))
     except InputError as error:
         return Finding(subject, "refused", str(error))
 
@@ -108,10 +109,8 @@ def _about_cache(subject: str, part: CachePart, pipe: Any, steps: int) -> Findin
     return Finding(subject, "runs", f"{reach}; computes {count} of {steps} steps in full")
 
 
-def _steps(pipe: Any, plan: Plan) -> int:
-    """Number of timesteps of the plan, or of the pipeline's default call."""
-    if plan.nominal_steps is not None:
-        return plan.nominal_steps
+def _default_steps(pipe: Any) -> int:
+    """Number of steps of the pipeline's default call."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
     return parameter.default if parameter and isinstance(parameter.default, int) else DEFAULT_STEPS
 

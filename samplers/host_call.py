@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .cache_call import CacheHook, Passing
 from .errors import InputError
-from .network import _CLASSES, Evaluation, batch_rows
+from .network import Evaluation, batch_rows, own_class
 
 Hooks = Mapping[str, tuple[Any, ...]]
 """Of each module that is hooked, by its name in the network, diffusers' hooks from the inmost to the outermost."""
@@ -47,9 +47,7 @@ def outline(network: nn.Module) -> nn.Module:
 def _outline(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     if id(module) in known:
         return known[id(module)]
-    cls = type(module)
-    if _CLASSES.get(cls.__mro__[1]) is cls:  # some call listens to it now
-        cls = cls.__mro__[1]
+    cls = own_class(module)
     copy: nn.Module = cls.__new__(cls)
     known[id(module)] = copy
     copy.__dict__.update({name: value for name, value in vars(module).items() if name not in ("forward", REGISTRY)})

@@ -74,7 +74,9 @@ def _listening(base: type[nn.Module]) -> type[nn.Module]:
             return base.__call__(self, *args, **kwargs)
         return listener.evaluate(self, args, kwargs)
 
-    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__call__": call}
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    apart: Any = torch.compiler.disable  # a compiled caller would be compiled anew for each answer of a cache
+    body["__call__"] = apart(call)
     _CLASSES[base] = type(base.__name__, (base,), body)
     return _CLASSES[base]
 
@@ -114,9 +116,14 @@ def run_network(
 
 def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs ``module`` itself past its listener, who goes on listening to the modules in it."""
+    return own_class(module).__call__(module, *args, **kwargs)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, whether it is listened to or not."""
     swapped = type(module)
-    base = swapped.__mro__[1] if _CLASSES.get(swapped.__mro__[1]) is swapped else swapped
-    return base.__call__(module, *args, **kwargs)
+    base: type[nn.Module] = swapped.__mro__[1]
+    return base if _CLASSES.get(base) is swapped else swapped
 
 
 @dataclass(frozen=True)
@@ -257,6 +264,18 @@ def output_tensor(output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise InputError(f"a denoiser returned {type(first).__name__}; this part needs a tensor")
     return first
+
+
+def output_rows(output: Any) -> Tensor:
+    """As `output_tensor`, and the rows stacked where a denoiser returns a list of them (Z-Image).
+
+    Raises:
+        InputError: when there is no tensor in the output.
+    """
+    first = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if isinstance(first, list) and all(isinstance(row, Tensor) for row in first):
+        return torch.stack(first)
+    return output_tensor(output)
 
 
 def with_output_tensor(output: Any, tensor: Tensor) -> Any:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .attach import PlanWarning, attach
 from .diagnosis import Finding
 from .errors import InputError
-from .network import denoisers, output_tensor
+from .network import denoisers, output_rows
 from .plan import Plan
 from .stats import Stats
 
@@ -97,7 +97,7 @@ def _watched(pipe: Any) -> Iterator[list[Tensor]]:
 
     def note(module: Any, inputs: Any, output: Any) -> None:
         with contextlib.suppress(InputError):
-            outputs.append(output_tensor(output).detach().clone())
+            outputs.append(output_rows(output).detach().clone())
 
     hooks = [network.register_forward_hook(note) for network in denoisers(pipe).values()]
     try:

@@ -38,10 +38,8 @@ class UNetDeep(CachePart):
     runs whole when it returns.
 
     FreeU and T2I-Adapters write into the features in place; with them copies are kept and the zeros take memory.
-    ControlNets and IP-Adapters act on what runs. Blocks compiled by themselves stay compiled, skipped or not. Where the
-    cut goes through a compiled block, or the U-Net is compiled as a whole, the results are the same, but the graph
-    breaks at each module that can be skipped, and after eight recompilations torch runs the code between as it is:
-    compile the blocks, and set ``layer`` to null, which leaves only the level's downsampler to break one.
+    ControlNets and IP-Adapters act on what runs. Compiled blocks stay compiled, skipped or not; where the cut goes
+    through one, and in a U-Net that is compiled as a whole, the graph breaks at each module that can be skipped.
     """
 
     type: Literal["unet-deep"] = "unet-deep"

@@ -12,12 +12,15 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from torch import Tensor
 
-from ..eval.assets import Dtype, load_pipeline
+from ..eval.assets import Dtype, is_demo, load_pipeline
 from ..eval.bench import process_state
 from ..eval.commandline import Flag, options_parser, read_options
 from ..eval.conditions import Conditions, conditions_for
+from ..eval.features import load_feature_net
 from ..eval.options import pipeline_arguments
+from ..eval.paired import Lpips
 from ..eval.progress import meter
+from ..eval.reference import demo_images
 from ..eval.scorers import SCORERS
 from ..samplers import DiffusersSolver, Plan, SpacingGrid, denoisers
 from ..samplers.analytic_init import AnalyticInit, estimate_start_statistics
@@ -28,6 +31,8 @@ from ..samplers.recording import clean_samples
 from ..samplers.redi import ReDi
 from ..search.adaptive import RewardRule, search_adaptive
 from ..search.aligner import fit_aligner
+from ..search.budget import Budget, Judges
+from ..search.cache import FRESH, LADDERS, search_cache
 
 BATCH = 32
 
@@ -116,8 +121,23 @@ class KnowledgeOptions(FitOptions):
     """The flags of ``fewstep search knowledge``; the plan has a redi part."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(FitOptions):
+    """The flags of ``fewstep search cache``."""
+
+    n: Annotated[int, Flag("Samples to choose on, and as many fresh ones to confirm.")] = 32
+    cache: Annotated[str, Flag(f"Cache to calibrate: {', '.join(LADDERS.names())}.", "CACHE")] = "gate"
+    budget: Annotated[
+        str, Flag("How far the samples may be from those without the cache: psnr>=30, lpips<=0.05, fd<=0.2.", "LIMIT")
+    ] = "psnr>=30"
+    net: Annotated[str | None, Flag("Feature network of feature_distance and fd; default: the demo's own.")] = None
+    net_path: Annotated[Path | None, Flag("Its weights, where they do not ship.")] = None
+    lpips_path: Annotated[Path | None, Flag("AlexNet weights (safetensors) for lpips.", "FILE")] = None
+
+
 ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
     "aligner": (AlignerOptions, "fit the times that the network is told"),
+    "cache": (CacheOptions, "find how much a cache may reuse within a budget of quality"),
     "adaptive": (AdaptiveOptions, "train a policy that picks the number of steps for each condition"),
     "escalate": (EscalateOptions, "find the score below which a teacher finishes a sample"),
     "start": (StartOptions, "measure the Gaussian from which a late start samples"),
@@ -219,6 +239,37 @@ def _aligner(setting: Setting, options: AlignerOptions, progress: Callable[..., 
     )
 
 
+def _cache(setting: Setting, options: CacheOptions, progress: Callable[..., None]) -> Plan:
+    name = options.net or ("fashion-features" if is_demo(options.pipe) else None)
+    net = load_feature_net(name, options.net_path, download=options.download) if name else None
+    judges = Judges(
+        net=net,
+        real=demo_images(net).stats if net and net.name == "fashion-features" and is_demo(options.pipe) else None,
+        lpips=Lpips(options.lpips_path) if options.lpips_path else None,
+    )
+    found = search_cache(
+        setting.pipe,
+        setting.plan,
+        options.cache,
+        Budget.parse(options.budget),
+        setting.call,
+        options.n,
+        judges=judges,
+        batch_size=BATCH,
+        seeds=(options.seed + FRESH, options.seed + FRESH + options.n),
+        progress=progress,
+    )
+    for trial in found.trials:
+        seeds = "fresh seeds" if trial.fresh else "seeds to choose on"
+        setting.console.print(
+            f"{trial.part.model_dump_json(exclude_defaults=True)}: {trial.value.value:.4g} +- {trial.value.se:.2g} on "
+            f"{seeds}, {100 * trial.skipped:.0f} % skipped",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found.plan
+
+
 def _adaptive(setting: Setting, options: AdaptiveOptions, progress: Callable[..., None]) -> Plan:
     return search_adaptive(
         setting.pipe,
@@ -268,6 +319,7 @@ def _knowledge(setting: Setting, options: KnowledgeOptions, progress: Callable[.
 
 RUN: dict[str, Run] = {
     "aligner": _aligner,
+    "cache": _cache,
     "adaptive": _adaptive,
     "escalate": _escalate,
     "start": _start,

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fewstep.samplers import GuidanceSchedule, InputError, Plan, SpacingGrid, attach
+from fewstep.samplers import (
+    BlockMask,
+    DiffusersSolver,
+    ExplicitGrid,
+    GuidanceSchedule,
+    InputError,
+    Plan,
+    SpacingGrid,
+    attach,
+)
 
 from tiny import call_arguments, tiny_dit, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_wan
 from toy_cache import Blocks
@@ -175,3 +184,17 @@ def test_what_is_written_into_is_forgotten_and_copied_from_then_on():
     kept.add_(1)
     torch.testing.assert_close(memory.recall("a", evaluation), torch.full((2, 3), 2.0))
     assert memory.held_bytes() == 24
+
+
+def test_counts_the_timesteps_of_schedulers_that_evaluate_twice_in_a_step():
+    """Three steps of Heun are five timesteps."""
+    heun = DiffusersSolver(scheduler="HeunDiscreteScheduler", config={"prediction_type": "v_prediction"})
+    plan = Plan(solver=heun, grid=SpacingGrid(steps=3), caches=BlockMask(rows=("1", "0", "1", "0", "1")))
+    pipe = tiny_dit()
+    with attach(pipe, plan) as handle:
+        pipe(**call_arguments(pipe))
+    assert handle.stats.modules["transformer.transformer_blocks.0"].skipped == 2 * 4
+    explicit = plan.model_copy(update={"grid": ExplicitGrid(timesteps=(900.0, 500.0, 100.0))})
+    attach(tiny_dit(), explicit).detach()
+    with pytest.raises(InputError, match="table is for 5 timesteps and the scheduler has 7"):
+        attach(tiny_dit(), plan.model_copy(update={"grid": SpacingGrid(steps=4)}))
