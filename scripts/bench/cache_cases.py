@@ -96,7 +96,7 @@ def dit_cases(known: Calibration) -> list[Case]:
     """On the DiT: gates, masks and rehashed steps, and what others have of the kind."""
     cases = fewer_steps((13, 10, 8, 7, 6, 5))
     for every in (2, 3):
-        mask = {"steps": STEPS, "residual_diff_threshold": 1.0, "max_warmup_steps": 1}
+        mask: dict[str, Any] = {"steps": STEPS, "residual_diff_threshold": 1.0, "max_warmup_steps": 1}
         mask |= {"steps_computation_mask": _every(every), "steps_computation_policy": "static"}
         cases.append(peer("cache-dit, mask", every, "cache-dit", **mask))
         cases.append(peer("cache-dit, mask, Taylor 1", every, "cache-dit", taylor=1, **mask))
@@ -149,7 +149,11 @@ def _every(interval: int) -> list[int]:
 
 
 def _taylorseer(name: str, identifiers: list[str], every: int, order: int) -> Case:
-    settings = {"config": "TaylorSeerCacheConfig", "taylor_factors_dtype": "float32", "cache_identifiers": identifiers}
+    settings: dict[str, Any] = {
+        "config": "TaylorSeerCacheConfig",
+        "taylor_factors_dtype": "float32",
+        "cache_identifiers": identifiers,
+    }
     settings |= {"cache_interval": every, "max_order": order, "disable_cache_before_step": order + 1}
     return peer(f"TaylorSeer, {name}, order {order}", every, "diffusers", **settings)
 

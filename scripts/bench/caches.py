@@ -102,7 +102,7 @@ class CacheJudge(Judge):
                 kind: {"value": metric.value, "se": metric.se} for kind, metric in metrics.items() if metric
             }
             if name in scores.differences:
-                row["difference"] = [scores.differences[name].value, scores.differences[name].se]
+                row["difference"] = [scores.differences[name].difference, scores.differences[name].se]
             write_json(path, row)
         return dict(read_json(path))
 
@@ -186,7 +186,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     judge = CacheJudge(options.pipe, options.work, options.n, 0)
-    result: dict[str, Any] = {"pipe": options.pipe, "n": options.n, "seed": judge.seed, "machine": machine()}
+    result: dict[str, Any] = {"pipe": options.pipe, "n": options.n, "seed": judge.seed, "repeats": options.repeats}
+    result["machine"] = machine()
     result["known"] = dataclasses.asdict(judge.known)
     cases = [judge.uncached, *CASES[options.pipe](judge.known), *map(calibrated, options.plans)]
     chosen = [case for case in cases if case.method.startswith(tuple(options.methods))]

@@ -43,11 +43,12 @@ def deepcache(pipe: Any, *, interval: int, branch: int) -> Iterator[Held]:
     """
     helper = _package("DeepCache").DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    try:
-        yield lambda: helper.cached_output
-    finally:
-        helper.disable()
+    with _restored(pipe.unet):
+        helper.enable()
+        try:
+            yield lambda: helper.cached_output
+        finally:
+            helper.disable()
 
 
 @contextmanager
@@ -66,15 +67,15 @@ def cache_dit(pipe: Any, *, steps: int, taylor: int | None = None, **config: Any
     calibrator = None
     if taylor is not None:
         calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=taylor)
+    chosen = package.DBCacheConfig(**settings | config)
     logging.disable(logging.WARNING)
-    try:
-        package.enable_cache(
-            pipe, cache_config=package.DBCacheConfig(**settings | config), calibrator_config=calibrator
-        )
-        yield lambda: pipe._context_manager
-    finally:
-        package.disable_cache(pipe)
-        logging.disable(logging.NOTSET)
+    with _restored(pipe.transformer):
+        try:
+            package.enable_cache(pipe, cache_config=chosen, calibrator_config=calibrator)
+            yield lambda: pipe._context_manager
+        finally:
+            package.disable_cache(pipe)
+            logging.disable(logging.NOTSET)
 
 
 @contextmanager
@@ -89,20 +90,14 @@ def host(pipe: Any, *, config: str, **options: Any) -> Iterator[Held]:
     network = pipe.transformer
     if "taylor_factors_dtype" in options:
         options["taylor_factors_dtype"] = getattr(torch, options["taylor_factors_dtype"])
-    getattr(diffusers.hooks, _HOST_APPLY[config])(network, getattr(diffusers.hooks, config)(**options))
-    registry = HookRegistry.check_if_exists_or_initialize(network)
-    registry.invalidate_child_registries_cache()
-    try:
+    with _restored(network):
+        getattr(diffusers.hooks, _HOST_APPLY[config])(network, getattr(diffusers.hooks, config)(**options))
+        registry = HookRegistry.check_if_exists_or_initialize(network)
+        registry.invalidate_child_registries_cache()
         with _around_each_call(
             pipe, lambda: _set_cache_context(network, CacheContext("both")), registry.reset_stateful_hooks
         ):
             yield lambda: [vars(hook).get("state_manager") for hook in _hooks(network)]
-    finally:
-        for module in network.modules():
-            if own := vars(module).get("_diffusers_hook"):
-                for name in list(own.hooks):
-                    own.remove_hook(name, recurse=False)
-                del module._diffusers_hook
 
 
 PEERS: dict[str, Callable[..., AbstractContextManager[Held]]] = {
@@ -169,6 +164,22 @@ def _hooks(network: nn.Module) -> Iterator[Any]:
     for module in network.modules():
         if own := vars(module).get("_diffusers_hook"):
             yield from own.hooks.values()
+
+
+@contextmanager
+def _restored(network: nn.Module) -> Iterator[None]:
+    """Takes off the modules of ``network``, after the block, what hangs on them only since."""
+    before = {module: (vars(module).get("forward"), set(module._modules)) for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, (forward, children) in before.items():
+            for name in (*vars(module).keys() & {"forward", "_diffusers_hook"},):
+                delattr(module, name)
+            if forward is not None:
+                module.forward = forward
+            for name in module._modules.keys() - children:
+                delattr(module, name)
 
 
 @contextmanager
