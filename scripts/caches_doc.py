@@ -31,7 +31,8 @@ threshold that is named; `mask` computes every n-th step whatever the data say, 
 calibrator. FirstBlockCache, TaylorSeer and MagCache are those of diffusers, which a DiT has no switch for: their hooks
 were put on by hand, in one context, as both branches of guidance are in one batch. TaylorSeer is told which modules to
 cache, as its own patterns match none in a DiT, and keeps float32. MagCache's ratios were calibrated on other seeds, as
-were `measured` steps, which `measure_changes` chose; `calibrated` plans are what `fewstep search cache` found.
+were `measured` steps, which `measure_changes` chose, and `calibrated` ones, rungs of the ladder of `fewstep search
+cache`.
 """
 
 EQUAL_HEAD = """At each distance where one of the other packages' settings is the fastest of them: how much faster the

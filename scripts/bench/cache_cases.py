@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from fewstep.samplers import Plan
+from fewstep.samplers import CachePart
 from fewstep.samplers.block_mask import uniform_mask
 from fewstep.samplers.mask import Target
 from fewstep.samplers.step_rehash import StepRehash
@@ -56,10 +55,12 @@ class Calibration:
     Attributes:
         changes: of the features from step to step, for step-rehash.
         ratios: of the size of the residual from step to step, for MagCache.
+        rungs: settings from the ladder that ``fewstep search cache`` climbs.
     """
 
     changes: Sequence[float]
-    ratios: Sequence[float] = field(default=())
+    ratios: Sequence[float] = ()
+    rungs: Sequence[dict[str, Any]] = ()
 
 
 def fewer_steps(counts: Sequence[int]) -> list[Case]:
@@ -69,7 +70,7 @@ def fewer_steps(counts: Sequence[int]) -> list[Case]:
 
 def ours(method: str, setting: Any, **cache: Any) -> Case:
     """A cache of this package; the first word of ``method`` is its type."""
-    return Case("ours", method, str(setting), caches=({"type": method.replace(",", "").split()[0]} | cache,))
+    return Case("ours", method, str(setting), caches=(cache | {"type": method.replace(",", "").split()[0]},))
 
 
 def peer(method: str, setting: Any, package: str, **settings: Any) -> Case:
@@ -89,6 +90,8 @@ def unet_cases(known: Calibration) -> list[Case]:
             cases.append(ours(f"unet-deep quadratic, {cut}", every, interval=every, schedule="quadratic", **at))
         for budget in (10, 7, 4):
             cases.append(ours(f"unet-deep measured, {cut}", budget, steps=chosen_steps(known, budget), **at))
+        for rung in known.rungs:
+            cases.append(ours(f"unet-deep calibrated, {cut}", len(rung["steps"]), **rung | at))
     return cases
 
 
@@ -128,14 +131,28 @@ def dit_cases(known: Calibration) -> list[Case]:
     for threshold in (0.1, 0.2):
         dbcache = {"steps": STEPS, "residual_diff_threshold": threshold}
         cases.append(peer("cache-dit, Taylor 1", threshold, "cache-dit", taylor=1, **dbcache))
+    for rung in known.rungs:
+        share = f"{''.join(rung['rows']).count('1') / sum(map(len, rung['rows'])):.2f}"
+        cases += [ours(f"block-mask calibrated, order {order}", share, **rung | {"order": order}) for order in (0, 1)]
     return cases
 
 
-def calibrated(path: Path) -> Case:
-    """The caches of a plan that ``fewstep search cache`` wrote."""
-    caches = Plan.load(path).to_json()["caches"]
-    kinds = ", ".join(cache["type"] for cache in caches)
-    return Case("ours", f"calibrated {kinds}", path.stem, caches=tuple(caches))
+def rungs(ladder: Sequence[CachePart], shares: Sequence[float]) -> tuple[dict[str, Any], ...]:
+    """The settings of a ladder that compute the shares nearest to some, as JSON.
+
+    Args:
+        ladder: as `fewstep.search.cache` has them.
+        shares: of the table's entries, or of the steps, that compute.
+    """
+    computed = [_share(part) for part in ladder]
+    nearest = (min(range(len(ladder)), key=lambda rung: abs(computed[rung] - share)) for share in shares)
+    return tuple(ladder[rung].model_dump(mode="json", exclude_defaults=True) for rung in dict.fromkeys(nearest))
+
+
+def _share(part: Any) -> float:
+    if part.type == "unet-deep":
+        return len(part.steps) / STEPS
+    return "".join(part.rows).count("1") / sum(map(len, part.rows))
 
 
 def chosen_steps(known: Calibration, budget: int) -> list[int]:

@@ -3,7 +3,7 @@
 ``python -m fewstep.scripts.bench.caches --pipe demo:fashion-dit --work DIR --n 1280 --out caches-dit.json``
 
 All rows are DDIM in 20 trailing steps, or in fewer for the control, with the same seeds. Operations and bytes are those
-of one call with 32 images, the decoder left out. With ``--repeats`` speed is measured, each case in turn with the
+of one call, the decoder left out. With ``--repeats`` speed is measured, each case called in turn with the
 uncached run; a busy machine shows in the quartiles. What settings are made from has seeds from `FIT_SEED` on.
 """
 
@@ -14,12 +14,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.eval.environment import environment
 from fewstep.eval.generate import ImageSet, call_pipeline, generate
@@ -28,8 +30,9 @@ from fewstep.eval.score import Scorer, Scores
 from fewstep.samplers import Plan, attach
 from fewstep.samplers.feature_changes import measure_changes
 from fewstep.samplers.files import read_json, write_json
+from fewstep.search.ladders import LADDERS
 
-from .cache_cases import STEPS, Calibration, Case, calibrated, dit_cases, unet_cases
+from .cache_cases import STEPS, Calibration, Case, dit_cases, rungs, unet_cases
 from .cache_cost import Trial, counted, timed
 from .judge import Judge
 from .parts import FIT_SEED
@@ -40,18 +43,25 @@ CASES: dict[str, Callable[[Calibration], list[Case]]] = {
     "demo:fashion-unet": unet_cases,
     "demo:fashion-dit": dit_cases,
 }
-BATCH = 32
-"Images of the call whose operations and bytes are counted."
-
 FIT_COUNT = 16
 TOGETHER = 5
 "Cases that share an uncached call when they are timed."
 
+SHARES = (0.65, 0.5, 0.4, 0.35, 0.25, 0.2)
+"Of the work, in the settings that are taken from the ladder of a calibration."
+
 PAIRED = ("psnr", "feature_distance")
 
 
+@dataclass(frozen=True)
 class CacheJudge(Judge):
-    """Makes, scores and costs the images of cases, each against the uncached run of the same seeds."""
+    """Makes, scores and costs the images of cases, each against the uncached run of the same seeds.
+
+    Attributes:
+        count: images of the call whose operations and bytes are counted.
+    """
+
+    count: int = 32
 
     @cached_property
     def guidance(self) -> dict[str, Any] | None:
@@ -79,16 +89,25 @@ class CacheJudge(Judge):
         path = self.out / "calibration.json"
         if not path.is_file():
             seeds = range(FIT_SEED, FIT_SEED + FIT_COUNT)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            arguments = self._conditions.inputs(seeds) | {"generator": generators, "output_type": "np"}
             plan = self._trial(self.uncached).plan
-            found: dict[str, Any] = {"changes": measure_changes(self._pipe, plan, arguments), "ratios": ()}
+            found: dict[str, Any] = {"changes": measure_changes(self._pipe, plan, self._arguments(seeds)), "ratios": ()}
+            kind = "block-mask" if "transformer" in self._pipe.components else "unet-deep"
+            found["rungs"] = rungs(LADDERS[kind](self._pipe, plan, STEPS, self._samples), SHARES)
             if "transformer" in self._pipe.components:
                 with attach(self._pipe, plan):
                     found["ratios"] = magnitude_ratios(self._pipe, self._call(seeds), STEPS)
             write_json(path, found)
-        read = read_json(path)
-        return Calibration(tuple(read["changes"]), tuple(read["ratios"]))
+        return Calibration(**read_json(path))
+
+    def _arguments(self, seeds: range) -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return {**self._conditions.inputs(seeds), "generator": generators, "output_type": "np"}
+
+    def _samples(self, plan: Plan) -> Tensor:
+        """What the calibration looks at."""
+        with attach(self._pipe, plan):
+            made = self._pipe(**self._arguments(range(FIT_SEED, FIT_SEED + FIT_COUNT))).images
+        return torch.from_numpy(made)
 
     def case_row(self, case: Case) -> dict[str, Any]:
         """Scores, operations and bytes of a case; ``difference`` is of Fréchet distances, and its error."""
@@ -108,13 +127,13 @@ class CacheJudge(Judge):
 
     def cost(self, case: Case) -> dict[str, float]:
         """``flops``: how many times fewer operations than uncached; ``bytes``: held, for each image."""
-        path = self._path("costs", case, BATCH)
+        path = self._path("costs", case, self.count)
         if not path.is_file():
-            operations, held = counted(self._pipe, self._trial(case), self._call(range(BATCH)))
+            operations, held = counted(self._pipe, self._trial(case), self._call(range(self.count)))
             write_json(path, {"operations": operations, "held": held})
         found = read_json(path)
         of_all = found["operations"] if case == self.uncached else read_json(self._uncached_cost())["operations"]
-        return {"flops": of_all / found["operations"], "bytes": found["held"] / BATCH}
+        return {"flops": of_all / found["operations"], "bytes": found["held"] / self.count}
 
     def times(self, cases: Sequence[Case], batch: int, repeats: int) -> None:
         """Times the cases that are not timed yet, some together."""
@@ -143,7 +162,7 @@ class CacheJudge(Judge):
 
     def _uncached_cost(self) -> Path:
         self.cost(self.uncached)
-        return self._path("costs", self.uncached, BATCH)
+        return self._path("costs", self.uncached, self.count)
 
     def _images(self, case: Case) -> ImageSet:
         trial = self._trial(case)
@@ -179,17 +198,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1280)
+    parser.add_argument("--count", type=int, default=32, help="images of the call whose operations are counted")
     parser.add_argument("--methods", nargs="*", default=[""], help="first letters of the methods to run; all")
-    parser.add_argument("--plans", type=Path, nargs="*", default=[], help="plans that fewstep search cache wrote")
     parser.add_argument("--repeats", type=int, default=0, help="calls behind each speed; 0 for none")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="images of a call that is timed")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    judge = CacheJudge(options.pipe, options.work, options.n, 0)
+    judge = CacheJudge(options.pipe, options.work, options.n, 0, count=options.count)
     result: dict[str, Any] = {"pipe": options.pipe, "n": options.n, "seed": judge.seed, "repeats": options.repeats}
     result["machine"] = machine()
     result["known"] = dataclasses.asdict(judge.known)
-    cases = [judge.uncached, *CASES[options.pipe](judge.known), *map(calibrated, options.plans)]
+    cases = [judge.uncached, *CASES[options.pipe](judge.known)]
     chosen = [case for case in cases if case.method.startswith(tuple(options.methods))]
     for batch in options.batches if options.repeats else ():
         judge.times(chosen, batch, options.repeats)

@@ -10,8 +10,10 @@ import torch
 from tiny import tiny_dit, tiny_unet
 
 from fewstep.samplers import InputError, Plan
+from fewstep.samplers.block_mask import BlockMask
+from fewstep.samplers.unet_deep import UNetDeep
 from fewstep.scripts.bench import cache_cases, cache_cost
-from fewstep.scripts.bench.cache_cases import Calibration, calibrated, chosen_steps, dit_cases, unet_cases
+from fewstep.scripts.bench.cache_cases import Calibration, chosen_steps, dit_cases, rungs, unet_cases
 from fewstep.scripts.bench.cache_cost import Trial, counted, no_decoding, timed
 from fewstep.scripts.bench.curves import Point, at_equal_distance, by_operations, by_time, frontier, speed_at
 from fewstep.scripts.bench.peers import PEERS, bytes_of, magnitude_ratios
@@ -213,10 +215,11 @@ def test_measured_steps_are_where_features_change():
     assert chosen_steps(Calibration(changes), 3) == [0, 4, 12]
 
 
-def test_a_calibrated_plan_is_a_case(tmp_path):
-    plan(cache_cases.STEPS, DEEP).save(tmp_path / "half.json")
-    case = calibrated(tmp_path / "half.json")
-    assert (case.method, case.setting, case.caches[0]["interval"]) == ("calibrated unet-deep", "half", 2)
+def test_rungs_are_those_nearest_to_the_shares():
+    ladder = [UNetDeep(steps=tuple(range(count))) for count in (18, 11, 9, 2)]
+    assert [len(rung["steps"]) for rung in rungs(ladder, (0.5, 0.45, 0.1))] == [11, 9, 2]
+    masks = [BlockMask(rows=("1111", row)) for row in ("1110", "1000")]
+    assert [rung["rows"] for rung in rungs(masks, (0.6, 0.0))] == [["1111", "1000"]]
 
 
 def row(whose, method, setting, distance, flops, wall=None):
