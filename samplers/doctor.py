@@ -102,7 +102,7 @@ def _about_cache(subject: str, part: CachePart, pipe: Any, steps: int) -> Findin
     reach = f"reaches {len(modules)} modules, {modules[0]} to {modules[-1]}"
     computes = part.computes(steps)
     if computes is None:
-        return Finding(subject, "runs", f"{reach}; the samples decide what is computed")
+        return Finding(subject, "runs", f"{reach}; what computes is decided during the call")
     count = sum(computes)
     if count == steps:
         return Finding(subject, "refused", f"{reach}, but computes all of {steps} steps: it would never save anything")

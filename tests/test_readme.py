@@ -52,9 +52,11 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert "demo:fashion-dit" in demo_names()
     names = {}
-    for example, printed in zip(blocks("python"), ("10.0", "9.0"), strict=True):
+    for example, printed in zip(
+        blocks("python"), (r"10\.0", r"9\.0", r"ModuleRows\(.* skipped=\d+\) \d+"), strict=True
+    ):
         exec(compile(example, "README.md", "exec"), names)
-        assert capsys.readouterr().out.strip().endswith(printed)
+        assert re.search(f"{printed}$", capsys.readouterr().out.strip())
     assert Plan.load("my-five.json").nominal_steps == 5
     for number, command in enumerate(commands()):
         words = shlex.split(command)[1:]

@@ -55,6 +55,37 @@ def test_aligner(tmp_path, pipe, capsys):
     assert run(pipe, plan).nfe == 4
 
 
+def test_cache(tmp_path, pipe, capsys):
+    base = plan_file(tmp_path / "base.json", grid=grid(6), guidance={"type": "constant", "scale": 1.5})
+    out = tmp_path / "cached.json"
+    arguments = ["--cache", "gate", "--budget", "psnr>=15", "--plan", base, "--n", "4", "--out", str(out)]
+    assert main(["search", "cache", "--pipe", DIT, *arguments]) == 0
+    assert "on fresh seeds" in capsys.readouterr().out
+    plan = Plan.load(out)
+    assert plan.caches[0].type == "gate"
+    assert {e.metric: e.value for e in plan.evidence}["psnr"] >= 15
+    assert sum(rows.skipped for rows in run(pipe, plan).modules.values()) > 0
+
+
+def test_a_budget_that_cannot_be_kept_writes_no_plan(tmp_path, capsys):
+    base = plan_file(tmp_path / "base.json", grid=grid(2))
+    out = tmp_path / "cached.json"
+    arguments = ["--budget", "psnr>=200", "--plan", base, "--n", "2", "--out", str(out)]
+    assert main(["search", "cache", "--pipe", DIT, *arguments]) == 2
+    assert "no setting of the gate cache within psnr>=200 reused anything in 2 steps" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_router(tmp_path, pipe):
+    base = plan_file(tmp_path / "base.json", grid=grid(3), guidance={"type": "constant", "scale": 1.5})
+    out = tmp_path / "routed.json"
+    arguments = ["--n", "4", "--batch_size", "2", "--lr", "3.0", "--penalty", "1.0", "--plan", base, "--out", str(out)]
+    assert main(["search", "router", "--pipe", DIT, *arguments]) == 0
+    plan = Plan.load(out)
+    assert plan.caches[0].type == "router"
+    assert len(run(pipe, plan).modules) == 12
+
+
 def test_adaptive(tmp_path, pipe):
     out = tmp_path / "adaptive.json"
     arguments = ["--n", "20", "--steps", "1", "2", "--out", str(out), "--top", "1"]

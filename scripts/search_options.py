@@ -1,0 +1,133 @@
+"""What ``fewstep search`` is told: one dataclass of flags for each search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ..eval.assets import Dtype
+from ..eval.commandline import Flag
+from ..samplers.errors import InputError
+from ..search import LADDERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The flags that every search has."""
+
+    pipe: Annotated[str, Flag("Pipeline folder, or a demo such as demo:fashion-dit.", "PATH|demo:NAME")] = (
+        "demo:fashion-dit"
+    )
+    plan: Annotated[Path | None, Flag("Plan file: everything but the part that is searched.", "FILE")] = None
+    out: Annotated[Path, Flag("Plan file to write; files that it names go beside it.", "FILE")] = Path("plan.json")
+    n: Annotated[int, Flag("Number of samples to fit on.")] = 512
+    seed: Annotated[int, Flag("Seed of the first sample; fit on others than you score.")] = 1_000_000
+    prompts: Annotated[Path | None, Flag("Text file with one prompt a line.", "FILE")] = None
+    class_labels: Annotated[
+        tuple[int, ...], Flag("Labels to cycle through; default: all of the pipeline's.", "LABEL")
+    ] = ()
+    call_kwargs: Annotated[tuple[str, ...], Flag("Further arguments of the pipeline's call.", "KEY=VALUE")] = ()
+    device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
+    dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
+    download: Annotated[bool, Flag("Whether weights may be fetched from a hub.")] = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"--n must be at least 1; got {self.n}")
+        if self.out.suffix.lower() != ".json":
+            raise InputError(f"--out {self.out} is not a plan file; give a name that ends in .json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtOptions(FitOptions):
+    """The flags of a search on samples that a teacher makes."""
+
+    teacher: Annotated[Path | None, Flag("Plan that samples what is fitted on; default: 50 steps of DDIM.", "FILE")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignerOptions(TaughtOptions):
+    """The flags of ``fewstep search aligner``."""
+
+    mode: Annotated[Literal["sequential", "parallel"], Flag("Which states a ratio is learned on.")] = "sequential"
+    iterations: Annotated[int, Flag("Gradient steps for each step of the plan.")] = 500
+    lr: Annotated[float, Flag("Learning rate.")] = 2e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(FitOptions):
+    """The flags of a search with a judge."""
+
+    scorer: Annotated[Literal["class", "clip"], Flag("Who judges a sample.")] = "class"
+    net: Annotated[str, Flag("Feature net of the class scorer.")] = "fashion-features"
+    net_path: Annotated[Path | None, Flag("Its folder; for clip a CLIP folder.", "PATH")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveOptions(JudgedOptions):
+    """The flags of ``fewstep search adaptive``."""
+
+    steps: Annotated[tuple[int, ...], Flag("Numbers of steps to choose from.", "N")] = (4, 6, 8, 10)
+    top: Annotated[int, Flag("How many of a sample's best choices count as good.")] = 2
+    weight: Annotated[float, Flag("Worth of one unit of the score, beside the share of steps saved.")] = 1.0
+    penalty: Annotated[float, Flag("Taken off for a choice that is not good.")] = 1.0
+    spacing: Annotated[Literal["leading", "linspace", "trailing"], Flag("Of the steps.")] = "trailing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EscalateOptions(JudgedOptions):
+    """The flags of ``fewstep search escalate``."""
+
+    teacher: Annotated[Path | None, Flag("Plan, with a grid, that finishes rejected samples.", "FILE")] = None
+    strength: Annotated[float, Flag("Share of the teacher's grid that runs on a rejected sample.")] = 0.7
+    percentile: Annotated[float, Flag("Per cent of the samples to reject.")] = 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(TaughtOptions):
+    """The flags of ``fewstep search start``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeOptions(FitOptions):
+    """The flags of ``fewstep search knowledge``; the plan has a redi part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(FitOptions):
+    """The flags of ``fewstep search cache``."""
+
+    n: Annotated[int, Flag("Samples to choose on, and as many fresh ones to confirm.")] = 32
+    cache: Annotated[str, Flag(f"Cache to calibrate: {', '.join(LADDERS.names())}.", "CACHE")] = "gate"
+    budget: Annotated[
+        str, Flag("How far the samples may be from those without the cache: psnr>=30, lpips<=0.05, fd<=0.2.", "LIMIT")
+    ] = "psnr>=30"
+    net: Annotated[str | None, Flag("Feature network of feature_distance and fd; default: the demo's own.")] = None
+    net_path: Annotated[Path | None, Flag("Its weights, where they do not ship.")] = None
+    lpips_path: Annotated[Path | None, Flag("AlexNet weights (safetensors) for lpips.", "FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions(FitOptions):
+    """The flags of ``fewstep search router``; ``n`` samples make ``n / batch_size`` iterations."""
+
+    n: Annotated[int, Flag("Samples to train on, each seen once; the state is kept beside the plan.")] = 4096
+    batch_size: Annotated[int, Flag("Samples in an iteration.")] = 8
+    method: Annotated[Literal["harmonica", "learning-to-cache"], Flag("How the router is trained.")] = "harmonica"
+    penalty: Annotated[float, Flag("Cost of a sublayer that computes, in squared error of the prediction.")] = 1e-4
+    lr: Annotated[float, Flag("Learning rate.")] = 0.01
+    threshold: Annotated[float, Flag("Probability above which a sublayer computes.")] = 0.1
+
+
+ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
+    "aligner": (AlignerOptions, "fit the times that the network is told"),
+    "cache": (CacheOptions, "find how much a cache may reuse within a budget of quality"),
+    "router": (RouterOptions, "learn which attentions and MLPs of a transformer compute at which step"),
+    "adaptive": (AdaptiveOptions, "train a policy that picks the number of steps for each condition"),
+    "escalate": (EscalateOptions, "find the score below which a teacher finishes a sample"),
+    "start": (StartOptions, "measure the Gaussian from which a late start samples"),
+    "knowledge": (KnowledgeOptions, "collect the trajectories that a redi part looks up"),
+}
