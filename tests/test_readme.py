@@ -9,7 +9,7 @@ import pytest
 from tiny import call_arguments, tiny_unet
 
 from fewstep.eval.assets import demo_names
-from fewstep.samplers import Plan, attach
+from fewstep.samplers import CACHES, ModuleRows, Plan, attach
 from fewstep.samplers.correction import CORRECTIONS
 from fewstep.samplers.grid import GRIDS
 from fewstep.scripts import cli, tables
@@ -71,7 +71,7 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
 
 
 def test_the_methods_that_the_guide_adds_run(monkeypatch):
-    for registry in (GRIDS, CORRECTIONS):
+    for registry in (GRIDS, CORRECTIONS, CACHES):
         monkeypatch.setattr(registry, "_table", dict(registry._table))
     names = {}
     for example in blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
@@ -86,6 +86,9 @@ def test_the_methods_that_the_guide_adds_run(monkeypatch):
     with attach(pipe, Plan(grid=grid)):
         np.testing.assert_allclose(seen[0], pipe(**call_arguments(pipe)).images, atol=1e-5)
     assert abs(2 * seen[1] - 1).max() <= 0.1 + 1e-5, "the last step lands on the clipped sample"
+    with attach(pipe, Plan(grid=grid, caches=[{"type": "lazy-middle"}])) as handle:
+        pipe(**call_arguments(pipe))
+    assert handle.stats.modules == {"unet.mid_block": ModuleRows(calls=2, run=4, skipped=2)}
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if any(w in NEEDS_THE_USER for w in shlex.split(c))])
