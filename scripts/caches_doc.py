@@ -40,7 +40,7 @@ best of ours is there, between its own settings on a straight line."""
 
 WIDE_HEAD = """## Wide networks
 
-What a fixed mask saves does not depend on the weights: these are random. One image, four steps, no decoder; the share
+What a fixed mask saves does not depend on the weights: these are random. One image, no decoder; the share
 is that of the factor of time in the factor of operations."""
 
 
@@ -146,7 +146,7 @@ def _verdict(found: Sequence[Equal]) -> str:
 def _wide(found: dict[str, Any] | None) -> str:
     if found is None:
         return f"{WIDE_HEAD}\n\nNot measured."
-    blocks = [WIDE_HEAD, _machine(found["machine"])]
+    blocks = [WIDE_HEAD, f"{found['steps']} steps a call. {_machine(found['machine'])}"]
     shares = []
     for network in found["networks"].values():
         cells = []
@@ -178,7 +178,6 @@ def _commands(found: dict[str, dict[str, Any] | None]) -> str:
                 f"--repeats {measured['repeats']} --out {RESULTS}/caches-{name}.json"
             )
     if wide := found["wide"]:
-        lines.append(
-            f"python -m fewstep.scripts.bench.wide --repeats {wide['repeats']} --out {RESULTS}/caches-wide.json"
-        )
+        flags = f"--steps {wide['steps']} --repeats {wide['repeats']}"
+        lines.append(f"python -m fewstep.scripts.bench.wide {flags} --out {RESULTS}/caches-wide.json")
     return "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"

@@ -1,4 +1,4 @@
-"""Renews what is generated: the README's table of what works, the plan schema, docs/schedulers.md and docs/samplers.md.
+"""Renews what is generated: the README's table of what works, the plan schema, and documents of docs/.
 
 Run it in a checkout: ``python -m fewstep.scripts.tables``. A test compares, so neither can go stale.
 """
@@ -16,7 +16,7 @@ from ..samplers.explicit import EXPLICIT
 from ..samplers.files import write_json, write_text
 from ..samplers.part import Slot
 from ..samplers.solver import scheduler_names
-from . import cli, samplers_doc, schedulers_doc
+from . import caches_doc, cli, samplers_doc, schedulers_doc
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- what works: generated -->", "<!-- end -->"
@@ -60,12 +60,13 @@ def renewed(readme: str) -> str:
 
 
 def main() -> None:
-    """Writes the four files of the checkout."""
+    """Writes the files of the checkout."""
     diffusers_logging.set_verbosity_error()  # every scheduler is built in turn, some with options that they correct
     write_text(ROOT / "README.md", renewed((ROOT / "README.md").read_text(encoding="utf-8")))
     write_json(ROOT / "samplers" / "plan.schema.json", Plan.model_json_schema())
     write_text(ROOT / "docs" / "schedulers.md", schedulers_doc.document())
     write_text(ROOT / "docs" / "samplers.md", samplers_doc.document(ROOT / samplers_doc.RESULTS))
+    write_text(ROOT / "docs" / "caches.md", caches_doc.document(ROOT / caches_doc.RESULTS))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def counted(pipe: Any, trial: Trial, call: Call) -> tuple[int, int]:
         return counter.get_total_flops(), max(most, stats.cache_bytes)
 
 
-def timed(pipe: Any, base: Trial, trials: Mapping[str, Trial], call: Call, repeats: int) -> dict[str, dict[str, Any]]:
+def timed(
+    pipe: Any, base: Trial, trials: Mapping[str, Trial], call: Call, repeats: int, warm_ups: int = 1
+) -> dict[str, dict[str, Any]]:
     """How many times faster than ``base`` each of the others is, all called in turn.
 
     Args:
@@ -88,14 +90,15 @@ def timed(pipe: Any, base: Trial, trials: Mapping[str, Trial], call: Call, repea
         base: what they are compared with.
         trials: by name.
         call: calls the pipeline.
-        repeats: rounds that count, at least 2; one more goes before them.
+        repeats: rounds that count, at least 2.
+        warm_ups: rounds before them.
     """
     rounds = []
-    for _ in range(repeats + 1):
+    for _ in range(warm_ups + repeats):
         with no_decoding(pipe):
             first = _seconds(pipe, base, call)
             rounds.append({name: (first, _seconds(pipe, trial, call)) for name, trial in trials.items()})
-    return {name: _speed_up([found[name] for found in rounds[1:]]) for name in trials}
+    return {name: _speed_up([found[name] for found in rounds[warm_ups:]]) for name in trials}
 
 
 def _seconds(pipe: Any, trial: Trial, call: Call) -> tuple[float, float]:

@@ -8,7 +8,7 @@ What a fixed mask saves does not depend on the weights. Each case is called in t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,6 @@ from fewstep.samplers.network import denoisers
 from .cache_cost import Trial, counted, timed
 from .caches import machine
 
-STEPS = 4
 Call = Callable[[], Any]
 
 
@@ -113,62 +112,69 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def _mask(every: int, **settings: Any) -> dict[str, Any]:
-    mask = uniform_mask(STEPS, every, **settings)
-    return {"type": "block-mask"} | mask.model_dump(mode="json", exclude_defaults=True)
+def masks(steps: int) -> dict[str, dict[str, Any]]:
+    """Block masks, by what the table calls them."""
+    made = {
+        "blocks, every 2": uniform_mask(steps, 2),
+        "blocks, every 4": uniform_mask(steps, 4),
+        "attention and MLP, every 2": uniform_mask(steps, 2, ("attention", "mlp")),
+        "blocks, every 2, order 1": uniform_mask(steps, 2, order=1),
+    }
+    return {name: {"type": "block-mask"} | mask.model_dump(mode="json") for name, mask in made.items()}
+
+
+def deep(steps: int) -> dict[str, dict[str, Any]]:
+    """Deep caches, by what the table calls them."""
+    return {
+        "cut 0.0, every 2": {"type": "unet-deep", "interval": 2},
+        "cut 0.0, every 4": {"type": "unet-deep", "interval": 4},
+        "cut 1.0, every 2": {"type": "unet-deep", "interval": 2, "depth": 1},
+    }
 
 
 @dataclass(frozen=True)
 class Wide:
-    """A network and the caches that are tried on it, by what the table calls them."""
+    """A network, and the caches that are tried on it in a number of steps."""
 
     build: Callable[[], tuple[Any, Call]]
-    caches: dict[str, dict[str, Any]]
+    caches: Callable[[int], dict[str, dict[str, Any]]]
 
 
-MASKS = {
-    "blocks, every 2": _mask(2),
-    "blocks, every 4": _mask(4),
-    "attention and MLP, every 2": _mask(2, targets=("attention", "mlp")),
-    "blocks, every 2, order 1": _mask(2, order=1),
-}
-DEEP = {
-    "cut 0.0, every 2": {"type": "unet-deep", "interval": 2},
-    "cut 0.0, every 4": {"type": "unet-deep", "interval": 4},
-    "cut 1.0, every 2": {"type": "unet-deep", "interval": 2, "depth": 1},
-}
-NETWORKS = {"dit-xl": Wide(dit_xl, MASKS), "sdxl": Wide(sdxl, DEEP), "flux": Wide(flux, MASKS)}
+NETWORKS = {"dit-xl": Wide(dit_xl, masks), "sdxl": Wide(sdxl, deep), "flux": Wide(flux, masks)}
 
 
-def measured(wide: Wide, repeats: int) -> dict[str, Any]:
+def measured(wide: Wide, names: Sequence[str], steps: int, repeats: int) -> dict[str, Any]:
     """For each cache by what factor it saves operations and time, and the share that time is of operations.
 
     Args:
         wide: the network.
-        repeats: calls behind each speed.
+        names: first letters of the caches to try.
+        steps: of each call.
+        repeats: calls behind each speed, after one in which operations are counted.
     """
     torch.manual_seed(0)
     pipe, call = wide.build()
     pipe.set_progress_bar_config(disable=True)
     network = next(iter(denoisers(pipe).values()))
-    base = Trial(_plan({}))
-    trials = {name: Trial(_plan(cache)) for name, cache in wide.caches.items()}
+    base = Trial(_plan(steps))
+    caches = {name: cache for name, cache in wide.caches(steps).items() if name.startswith(tuple(names))}
+    trials = {name: Trial(_plan(steps, cache)) for name, cache in caches.items()}
     uncached, _ = counted(pipe, base, call)
-    speeds = timed(pipe, base, trials, call, repeats)
+    counts = {name: counted(pipe, trial, call) for name, trial in trials.items()}
+    speeds = timed(pipe, base, trials, call, repeats, warm_ups=0)
     rows = []
-    for name, trial in trials.items():
-        operations, held = counted(pipe, trial, call)
+    for name, (operations, held) in counts.items():
         share = {clock: speeds[name][clock]["ratio"] * operations / uncached for clock in ("wall", "processor")}
-        row = {"cache": name, "plan": _said(trial.plan), "nfe": STEPS, "flops": uncached / operations, "bytes": held}
-        rows.append(row | {"times": speeds[name], "share": share})
+        row = {"cache": name, "plan": _said(trials[name].plan), "nfe": steps, "flops": uncached / operations}
+        rows.append(row | {"bytes": held, "times": speeds[name], "share": share})
     size = sum(parameter.numel() for parameter in network.parameters())
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {"about": (wide.build.__doc__ or "").rstrip("."), "parameters": size, "dtype": dtype, "rows": rows}
 
 
-def _plan(cache: dict[str, Any]) -> Plan:
-    grid = {"type": "spacing", "steps": STEPS}
-    return Plan.from_json({"fewstep_plan": 1, "grid": grid} | ({"caches": [cache]} if cache else {}))
+def _plan(steps: int, *caches: dict[str, Any]) -> Plan:
+    plan = {"fewstep_plan": 1, "grid": {"type": "spacing", "steps": steps}}
+    return Plan.from_json(plan | ({"caches": list(caches)} if caches else {}))
 
 
 def _said(plan: Plan) -> dict[str, Any]:
@@ -180,15 +186,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--caches", nargs="+", default=[""], help="first letters of the caches to try; all")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = dict(read_json(options.out)["networks"]) if options.out.is_file() else {}
     for name in options.networks:
-        found[name] = measured(NETWORKS[name], options.repeats)
+        found[name] = measured(NETWORKS[name], options.caches, options.steps, options.repeats)
         for row in found[name]["rows"]:
             print(name, row["cache"], f"operations {row['flops']:.3f}x", row["share"], flush=True)  # noqa: T201
-        write_json(options.out, {"steps": STEPS, "repeats": options.repeats, "machine": machine(), "networks": found})
+        run = {"steps": options.steps, "repeats": options.repeats, "machine": machine()}
+        write_json(options.out, run | {"networks": found})
 
 
 if __name__ == "__main__":

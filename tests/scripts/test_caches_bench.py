@@ -217,7 +217,7 @@ def test_measured_steps_are_where_features_change():
 
 def test_rungs_are_those_nearest_to_the_shares():
     ladder = [UNetDeep(steps=tuple(range(count))) for count in (18, 11, 9, 2)]
-    assert [len(rung["steps"]) for rung in rungs(ladder, (0.5, 0.45, 0.1))] == [11, 9, 2]
+    assert [len(rung["steps"]) for rung in rungs(ladder, (0.56, 0.45, 0.1))] == [11, 9, 2]
     masks = [BlockMask(rows=("1111", row)) for row in ("1110", "1000")]
     assert [rung["rows"] for rung in rungs(masks, (0.6, 0.0))] == [["1111", "1000"]]
 
