@@ -169,17 +169,15 @@ def _hooks(network: nn.Module) -> Iterator[Any]:
 @contextmanager
 def _restored(network: nn.Module) -> Iterator[None]:
     """Takes off the modules of ``network``, after the block, what hangs on them only since."""
-    before = {module: (vars(module).get("forward"), set(module._modules)) for module in network.modules()}
+    before = {module: (dict(vars(module)), set(module._modules)) for module in network.modules()}
     try:
         yield
     finally:
-        for module, (forward, children) in before.items():
-            for name in (*vars(module).keys() & {"forward", "_diffusers_hook"},):
+        for module, (own, children) in before.items():
+            for name in (vars(module).keys() - own.keys()) | (module._modules.keys() - children):
                 delattr(module, name)
-            if forward is not None:
-                module.forward = forward
-            for name in module._modules.keys() - children:
-                delattr(module, name)
+            if "forward" in own:
+                module.forward = own["forward"]
 
 
 @contextmanager

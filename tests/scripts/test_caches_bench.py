@@ -110,6 +110,8 @@ def test_a_peer_acts_the_same_in_each_call_holds_something_and_leaves_nothing(bu
     assert (first != plain).any()
     assert most > 0
     assert traces(pipe) == before
+    with PEERS[name](pipe, **settings):
+        assert (call(pipe) == first).all()
     assert (call(pipe) == plain).all()
 
 
