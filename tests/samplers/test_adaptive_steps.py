@@ -18,7 +18,6 @@ from fewstep.samplers.step_policy import (
     read_policy,
     write_policy,
 )
-from fewstep.samplers.testing import PartConformance
 
 SPACED = (
     SpacingGrid(steps=2, spacing="trailing"),
@@ -251,14 +250,3 @@ def test_policies_that_do_not_fit(tmp_path):
             pipe(**call_arguments(pipe))
         with pytest.raises(InputError, match="policy looks at prompt_embeds; give it in the call"):
             pipe(prompt="a cat")
-
-
-class TestAdaptiveSteps(PartConformance):
-    def part(self):
-        return adaptive(LISTED)
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe)

@@ -17,28 +17,11 @@ from fewstep.samplers import (
     fingerprint,
 )
 from fewstep.samplers.aligner import Aligner
-from fewstep.samplers.testing import PartConformance
 from fewstep.search.aligner import fit_aligner
 
 RATIOS = (1.01, 0.98, 1.03, 0.95)
 TIMES = (999, 749, 499, 249)
 FOUR = SpacingGrid(steps=4, spacing="trailing")
-
-
-class TestOnDiT(PartConformance):
-    def part(self):
-        return Aligner(ratios=RATIOS)
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe)
-
-
-class TestOnUNet(TestOnDiT):
-    def pipe(self):
-        return tiny_unet()
 
 
 @pytest.mark.parametrize("name", TINY)

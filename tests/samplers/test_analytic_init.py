@@ -22,7 +22,6 @@ from fewstep.samplers.analytic_init import AnalyticInit, StartStatistics, estima
 from fewstep.samplers.call import CallHook
 from fewstep.samplers.process import Process
 from fewstep.samplers.recording import clean_samples, record
-from fewstep.samplers.testing import PartConformance
 
 GRID = ExplicitGrid(timesteps=(800, 500, 100))
 SHAPES = {"dit": (4, 4, 4), "unet": (1, 8, 8), "stable-diffusion": (4, 8, 8), "sd3": (4, 8, 8)}
@@ -60,20 +59,6 @@ def watched(pipe, the_plan, resources, arguments):
     with handle:
         images = pipe(**arguments).images
     return images, seen
-
-
-class TestConformance(PartConformance):
-    def part(self):
-        return AnalyticInit()
-
-    def resources(self):
-        return {"start_statistics": statistics((4, 4, 4))}
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe)
 
 
 SCHEDULERS = [

@@ -7,32 +7,40 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers.utils import is_torchsde_available
-from tiny import call_arguments, tiny_dit
+from tiny import call_arguments, tiny_dit, tiny_stable_diffusion, tiny_unet
 
 from fewstep.samplers import (
     AdaptiveSteps,
     Aligner,
     AnalyticInit,
+    BlockMask,
     ConstantGuidance,
+    CrossAttentionFreeze,
     DiffusersSolver,
     EpsilonScaling,
     Escalate,
     ExplicitGrid,
+    Gate,
     GuidanceSchedule,
+    HostCache,
     KnowledgeBase,
     ModelSwitch,
     Part,
     Plan,
     ReDi,
+    Router,
     RuleGrid,
     SpacingGrid,
     StartStatistics,
+    StepRehash,
     TimeShift,
+    UNetDeep,
     attach,
 )
 from fewstep.samplers.explicit import EXPLICIT
@@ -60,11 +68,27 @@ def knowledge_base():
 
 @dataclass(frozen=True)
 class Case:
-    """A part, what it asks for by name, and arguments of the call that it leaves to the user."""
+    """A part, what it asks for by name, arguments of the call that it leaves to the user, and a pipeline."""
 
     part: Part
     resources: Callable[[], dict] = dict
     call: dict = field(default_factory=dict)
+    pipe: Callable[[], Any] = tiny_dit
+
+
+def tiny_blocks():
+    return tiny_dit(layers=3)
+
+
+THREE = {"num_inference_steps": 3}
+FIVE = {"num_inference_steps": 5}
+EVERY_SECOND = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [-1, 1001]}
+TAYLOR = {
+    "cache_interval": 3,
+    "disable_cache_before_step": 2,
+    "taylor_factors_dtype": "float32",
+    "cache_identifiers": ["transformer_blocks[.][0-9]+[.]attn1"],
+}
 
 
 CASES = [
@@ -84,18 +108,40 @@ CASES = [
     Case(ConstantGuidance(scale=2.0)),
     Case(GuidanceSchedule(scale=3.0, window=(0.0, 0.5))),
     Case(TimeShift(window=40, cutoff=100)),
+    Case(TimeShift(window=60, criterion="paper", variant="adm"), pipe=tiny_unet),
     Case(Aligner(ratios=(1.01, 0.99, 1.0))),
+    Case(Aligner(ratios=(1.01, 0.98, 1.03, 0.95)), pipe=tiny_unet),
     Case(EpsilonScaling(scale=1.01)),
+    Case(EpsilonScaling(scale=1.01, slope=0.02), pipe=tiny_unet),
     Case(
         ModelSwitch(networks=("self", "small"), steps=(2,)),
         lambda: {"small": second_network()},
-        {"num_inference_steps": 3},
+        THREE,
     ),
     Case(
         Escalate(teacher=Plan(grid=SpacingGrid(steps=4)).to_json(), strength=0.5, threshold=0.5),
         lambda: {"scorer": brightness},
-        {"num_inference_steps": 3},
+        THREE,
     ),
+    Case(
+        BlockMask(rows=("111111", "011011", "100100"), targets=("attention", "mlp"), order=1),
+        call=THREE,
+        pipe=tiny_blocks,
+    ),
+    Case(Router(probabilities=((1.0, 1.0), (0.05, 0.9), (0.9, 0.1))), call=THREE),
+    Case(StepRehash(changes=(0.2, 0.1), threshold=0.15), call=THREE),
+    Case(Gate(threshold=0.4, max_skips=2), call=FIVE, pipe=tiny_blocks),
+    Case(
+        Gate(threshold=0.9, criterion="modulated-input", coefficients=(2.0, 1.0, 0.0), last_steps=1),
+        call=FIVE,
+        pipe=tiny_blocks,
+    ),
+    Case(HostCache(config="PyramidAttentionBroadcastConfig", options=EVERY_SECOND), call=THREE),
+    Case(HostCache(config="TaylorSeerCacheConfig", options=TAYLOR), call=FIVE, pipe=tiny_blocks),
+    Case(UNetDeep(interval=2), call=FIVE, pipe=lambda: tiny_unet(layers=2)),
+    Case(UNetDeep(interval=3, schedule="quadratic", depth=1, layer=None), call=FIVE, pipe=tiny_stable_diffusion),
+    Case(CrossAttentionFreeze(after=2), call=FIVE, pipe=tiny_stable_diffusion),
+    Case(CrossAttentionFreeze(fraction=0.5), call=FIVE, pipe=tiny_stable_diffusion),
 ]
 
 NEED_TORCHSDE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
@@ -131,7 +177,7 @@ class TestParts(PartConformance):
         return self.chosen.part
 
     def pipe(self):
-        return tiny_dit()
+        return self.chosen.pipe()
 
     def call(self, pipe):
         return call_arguments(pipe) | self.chosen.call
@@ -144,7 +190,7 @@ def digests():
     """Of the images of every part, in this process."""
     found = []
     for case in CASES:
-        pipe = tiny_dit()
+        pipe = case.pipe()
         with attach(pipe, Plan(**{slot_of(case.part): case.part}), case.resources()):
             images = pipe(**call_arguments(pipe) | case.call).images
         found.append(hashlib.sha256(images.tobytes()).hexdigest())

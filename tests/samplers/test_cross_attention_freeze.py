@@ -11,7 +11,6 @@ from zoo import ZOO
 
 from fewstep.samplers import GuidanceSchedule, InputError, Plan, SpacingGrid, attach
 from fewstep.samplers.cross_attention_freeze import CrossAttentionFreeze
-from fewstep.samplers.testing import PartConformance
 from fewstep.samplers.unet_deep import UNetDeep
 
 REACHED = {
@@ -36,22 +35,6 @@ REACHED = {
     "amused": None,
 }
 "The families that have cross-attention, and what their blocks call it; amused has its attention without such a name."
-
-
-class TestOnStableDiffusion(PartConformance):
-    def part(self):
-        return CrossAttentionFreeze(after=2)
-
-    def pipe(self):
-        return tiny_stable_diffusion()
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 5}
-
-
-class TestFraction(TestOnStableDiffusion):
-    def part(self):
-        return CrossAttentionFreeze(fraction=0.5)
 
 
 @contextmanager
@@ -94,16 +77,6 @@ def test_each_branch_repeats_its_own_cross_attention(name):
     assert all(rows.run == rows.skipped == handle.stats.rows / 2 for rows in handle.stats.modules.values())
     if name != "stable-video":  # its other sequence is one token long: whatever the query, it says the same
         assert not torch.equal(expected, plain)
-
-
-@pytest.mark.parametrize("name", REACHED)
-def test_a_step_that_never_comes_is_bit_identical(name):
-    family = ZOO[name]
-    pipe = family.build()
-    plain = family.call(pipe, steps=3)
-    with attach(pipe, Plan(caches=CrossAttentionFreeze(after=99))) as handle:
-        assert torch.equal(family.call(pipe, steps=3), plain)
-    assert handle.stats.cache_bytes == 0
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in REACHED])

@@ -4,34 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from tiny import TINY, call_arguments, generators, tiny_dit, tiny_scheduler, tiny_unet
+from tiny import TINY, call_arguments, generators, tiny_scheduler, tiny_unet
 
 from fewstep.samplers import DiffusersSolver, InputError, Plan, Process, SpacingGrid, attach
 from fewstep.samplers.call import Step
 from fewstep.samplers.epsilon_scaling import EpsilonScaling
 from fewstep.samplers.part import Run
-from fewstep.samplers.testing import PartConformance
 
 LINEAR = EpsilonScaling(scale=1.01, slope=0.02)
-
-
-class TestOnDiT(PartConformance):
-    def part(self):
-        return EpsilonScaling(scale=1.02)
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 5}
-
-
-class TestOnUNet(TestOnDiT):
-    def part(self):
-        return LINEAR
-
-    def pipe(self):
-        return tiny_unet()
 
 
 def images(pipe, plan):

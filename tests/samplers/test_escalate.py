@@ -23,7 +23,6 @@ from fewstep.samplers import (
 )
 from fewstep.samplers.escalate import NONE_ESCALATED, Escalate, calibrate_escalation, fresh_generators
 from fewstep.samplers.model_switch import ModelSwitch
-from fewstep.samplers.testing import PartConformance
 
 ALL, NONE = -NONE_ESCALATED, NONE_ESCALATED
 TEACHER = Plan(grid=SpacingGrid(steps=6))
@@ -329,17 +328,3 @@ def test_calibrations_that_cannot_be():
 
     with pytest.raises(InputError, match=r"at guidance \['2\.0', '3\.0'\]"):
         calibrate_escalation(pipe, plan_of(0.0), brightness, mixed, 2, batch_size=1)
-
-
-class TestEscalate(PartConformance):
-    def part(self):
-        return Escalate(teacher=TEACHER, strength=0.5, threshold=ALL)
-
-    def pipe(self):
-        return tiny_dit()
-
-    def resources(self):
-        return {"scorer": brightness}
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 3}

@@ -10,7 +10,6 @@ from tiny import TINY, call_arguments, tiny_dit, tiny_stable_diffusion, tiny_une
 
 from fewstep.samplers import DiffusersSolver, InputError, Plan, SpacingGrid, attach, denoisers
 from fewstep.samplers.model_switch import ModelSwitch
-from fewstep.samplers.testing import PartConformance
 
 
 def other_network(pipe, seed=5):
@@ -223,17 +222,3 @@ def test_other_text_widths_and_missing_networks_are_refused():
 def test_parts_that_contradict_themselves(options, words):
     with pytest.raises(ValueError, match=words):
         ModelSwitch(**options)
-
-
-class TestModelSwitch(PartConformance):
-    def part(self):
-        return ModelSwitch(networks=("self", "small"), steps=(2,))
-
-    def pipe(self):
-        return tiny_dit()
-
-    def resources(self):
-        return {"small": other_network(tiny_dit())}
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 3}

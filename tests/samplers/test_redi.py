@@ -39,7 +39,6 @@ from fewstep.samplers.history import forget_history
 from fewstep.samplers.knowledge import HEADER_BYTES, KnowledgeBase
 from fewstep.samplers.process import Process
 from fewstep.samplers.redi import ReDi
-from fewstep.samplers.testing import PartConformance
 from fewstep.samplers.wrapped import wrap_scheduler
 
 TIMES = (999.0, 799.0, 399.0, 199.0)
@@ -53,22 +52,6 @@ def plan(solver=DPMPP, times=TIMES, **options):
 
 def calls(pipe, count, batch=4, first=100):
     return [call_arguments(pipe, batch=batch, seed=first + batch * index) for index in range(count)]
-
-
-class TestConformance(PartConformance):
-    def part(self):
-        return ReDi(key_step=2)
-
-    def resources(self):
-        draw = torch.Generator().manual_seed(0)
-        keys, values = torch.randn(2, 5, 4, 4, 4, generator=draw).half()
-        return {"knowledge_base": KnowledgeBase(keys, values, None, (980.0, 960.0, 940.0), "")}
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe)
 
 
 MULTISTEP = [

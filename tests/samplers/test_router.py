@@ -10,24 +10,9 @@ from fewstep.samplers import InputError, Plan, SpacingGrid, attach
 from fewstep.samplers.block_mask import BlockMask
 from fewstep.samplers.files import write_tensors
 from fewstep.samplers.router import Router, read_router, write_router
-from fewstep.samplers.testing import PartConformance
 
 ROWS = ((0.0, 1.0, 0.4, 0.9), (0.05, 0.9, 0.1, 0.2), (0.9, 0.0, 0.1, 0.1))
 MASK = BlockMask(rows=("1111", "0101", "1000"), targets=("attention", "mlp"))
-
-
-class TestRouter(PartConformance):
-    def part(self):
-        return Router(probabilities=ROWS)
-
-    def plan(self):
-        return Plan(grid=SpacingGrid(steps=3), caches=self.part())
-
-    def pipe(self):
-        return tiny_dit(layers=2)
-
-    def call(self, pipe):
-        return call_arguments(pipe)
 
 
 def images_of(pipe, plan):

@@ -1,5 +1,7 @@
 """The structure of transformers, against what runs in every family of the zoo."""
 
+import functools
+
 import pytest
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -22,6 +24,7 @@ UNETS += ("animatediff",)
 TRANSFORMERS = [name for name in ZOO if name not in UNETS]
 
 
+@functools.cache
 def network_of(family):
     return getattr(family.build(), family.denoiser)
 

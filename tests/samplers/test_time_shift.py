@@ -17,29 +17,9 @@ from tiny import TINY, call_arguments, generators, tiny_dit, tiny_scheduler, tin
 from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Part, Plan, Process, SpacingGrid, attach
 from fewstep.samplers.call import CallHook
 from fewstep.samplers.guidance_schedule import GuidanceSchedule
-from fewstep.samplers.testing import PartConformance
 from fewstep.samplers.time_shift import TimeShift
 
 SHIFT = TimeShift(window=120, cutoff=150)
-
-
-class TestOnDiT(PartConformance):
-    def part(self):
-        return SHIFT
-
-    def pipe(self):
-        return tiny_dit()
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 5}
-
-
-class TestOnUNet(TestOnDiT):
-    def part(self):
-        return TimeShift(window=60, criterion="paper", variant="adm")
-
-    def pipe(self):
-        return tiny_unet()
 
 
 def run(pipe, plan, **call):

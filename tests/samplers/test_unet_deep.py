@@ -23,32 +23,12 @@ from zoo import ZOO
 from fewstep.samplers import Call, GuidanceSchedule, InputError, Plan, SpacingGrid, attach
 from fewstep.samplers.network import listening
 from fewstep.samplers.part import Run
-from fewstep.samplers.testing import PartConformance
 from fewstep.samplers.unet_cut import cut_unet
 from fewstep.samplers.unet_deep import UNetDeep, quadratic_steps
 
 UNETS = [name for name, family in ZOO.items() if family.denoiser == "unet"]
 CUTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, None)]
 IN_ORDER = ("motion_modules", "temp_attentions", "attentions", "temp_convs", "resnets")
-
-
-class TestOnUNet(PartConformance):
-    def part(self):
-        return UNetDeep(interval=2)
-
-    def pipe(self):
-        return tiny_unet(layers=2)
-
-    def call(self, pipe):
-        return call_arguments(pipe) | {"num_inference_steps": 5}
-
-
-class TestOnStableDiffusion(TestOnUNet):
-    def part(self):
-        return UNetDeep(interval=3, schedule="quadratic", depth=1, layer=None)
-
-    def pipe(self):
-        return tiny_stable_diffusion()
 
 
 def giver(unet, depth, layer):
@@ -112,17 +92,6 @@ def test_is_what_the_package_of_the_paper_does(name, cut):
         found = family.call(pipe, steps=5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - family.call(pipe, steps=5)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", UNETS)
-@pytest.mark.filterwarnings("ignore:the unet-deep cache computes all")
-def test_an_interval_of_one_is_bit_identical(name):
-    family = ZOO[name]
-    pipe = family.build()
-    plain = family.call(pipe, steps=3)
-    with attach(pipe, Plan(caches=UNetDeep(interval=1))) as handle:
-        assert torch.equal(family.call(pipe, steps=3), plain)
-    assert not any(rows.skipped for rows in handle.stats.modules.values())
 
 
 def images(pipe, part, steps=5, **options):
