@@ -36,11 +36,12 @@ def test_the_table_is_the_generated_one():
 
 def test_the_two_commands_are_the_ones_that_continuous_integration_runs():
     run = (ROOT / ".ci" / "run").read_text()
-    for words in ("-m venv", 'pip" install', '-e ".[dev]"', "-m pytest", 'fewstep" bench'):
+    for words in ("-m venv", 'pip" install', '-e ".[dev]"', "-m pytest -n 2\n", 'fewstep" bench'):
         assert words in run
     main, test = (line for line in "".join(blocks("bash")).split("\n") if line.startswith("python3 -m venv"))
     assert main.endswith("install . && .venv/bin/fewstep bench")
-    assert test.endswith('install -e ".[dev]" && .venv/bin/python -m pytest')
+    assert test.endswith('install -e ".[dev]" && .venv/bin/python -m pytest -n 2')
+    assert ".venv/bin/python -m pytest -n 2\n" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_files_that_it_names_exist():
