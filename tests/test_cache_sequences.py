@@ -16,7 +16,7 @@ from zoo import ZOO
 from fewstep.samplers import InputError, Plan, PlanWarning, attach
 
 SEQUENCES = 50
-STEPS = (2, 3, 4)
+STEPS = (2, 3)
 PARALLEL = ("DDIMParallelScheduler", {})
 DPM = ("DPMSolverMultistepScheduler", {})
 SHIFTED = ("FlowMatchEulerDiscreteScheduler", {"shift": 1.5})
