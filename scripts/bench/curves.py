@@ -104,11 +104,11 @@ def by_operations(row: Row) -> float:
     return float(row["flops"])
 
 
-def by_time(batch: int) -> Speed:
-    """How many times less wall time a call takes with ``batch`` images."""
+def by_time(batch: int, clock: str) -> Speed:
+    """How many times less a call takes with ``batch`` images, by the ``wall`` or the ``processor`` clock."""
 
     def speed(row: Row) -> float | None:
         found = row["times"].get(str(batch))
-        return float(found["wall"]["ratio"]) if found else None
+        return float(found[clock]["ratio"]) if found else None
 
     return speed

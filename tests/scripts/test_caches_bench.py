@@ -250,6 +250,6 @@ def test_ours_are_compared_with_the_fastest_of_the_others_at_its_distance():
     assert (near.peer.name, near.ours, near.control) == ("x: 1", (2.0, "gate"), 1.25)
     assert near.ratio == pytest.approx(4 / 3)
     assert (far.peer.name, far.ours, far.control, far.ratio) == ("y: 2", (3.0, "gate"), 1.75, 1.5)
-    (timed_at,) = at_equal_distance(rows, by_time(1))
+    (timed_at,) = at_equal_distance(rows, by_time(1, "wall"))
     assert timed_at.ours == (pytest.approx(1.9), "gate")
-    assert at_equal_distance(rows, by_time(64)) == []
+    assert at_equal_distance(rows, by_time(64, "processor")) == []
