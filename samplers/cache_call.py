@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from .network import Evaluation, run_module
 from .stats import Counter
@@ -99,9 +99,14 @@ class _Entry:
     """Tensors of some rows of a batch, and which; ``versions`` tell whether somebody wrote into them since."""
 
     tree: Any
+    tensors: tuple[Tensor, ...]
     kept: tuple[int, ...] | None
     rows: int
     versions: tuple[int, ...]
+
+    def is_sound(self) -> bool:
+        """Whether nobody wrote into the tensors since they were kept."""
+        return self.versions == tuple(map(_version, self.tensors))
 
 
 @dataclass
@@ -127,8 +132,8 @@ class Memory:
         key = _key(name, evaluation)
         if key in self.written:
             tree = tree_map_only(Tensor, torch.clone, tree)
-        versions = tuple(_version(tensor) for tensor in _tensors(tree))
-        self.entries[key] = _Entry(tree, evaluation.kept, evaluation.rows, versions)
+        tensors = tuple(tensors_in(tree))
+        self.entries[key] = _Entry(tree, tensors, evaluation.kept, evaluation.rows, tuple(map(_version, tensors)))
 
     def recall(self, name: str, evaluation: Evaluation) -> Any:
         """What was kept under ``name`` for the branch and rows of ``evaluation``; None when it was not."""
@@ -136,7 +141,7 @@ class Memory:
         entry = self.entries.get(key)
         if entry is None:
             return None
-        if entry.versions != tuple(_version(tensor) for tensor in _tensors(entry.tree)):
+        if not entry.is_sound():
             self.written.add(key)
             del self.entries[key]
             return None
@@ -153,7 +158,7 @@ class Memory:
         """Bytes of what is kept; a storage that several tensors share counts once."""
         storages = {}
         for entry in self.entries.values():
-            for tensor in _tensors(entry.tree):
+            for tensor in entry.tensors:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
@@ -177,8 +182,16 @@ def _key(name: str, evaluation: Evaluation) -> tuple[Any, ...]:
     return (evaluation.component, evaluation.branch, name)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dictionaries and outputs of models, in their order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):  # outputs of diffusers' models too
+        for item in tree.values():
+            yield from tensors_in(item)
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .linear import combine
-
 
 def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
     """The value at ``position`` of the polynomial through ``values``; of a single one, that value itself.
@@ -19,7 +17,8 @@ def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
     TaylorSeer (arXiv:2503.06923) forecasts with a Taylor polynomial whose derivatives are finite differences of the
     last m + 1 values. Here the same differences stand in Newton's form, F[n] + (k - n) F[n, n'] + (k - n)(k - n')
     F[n, n', n''] + ..., which is exact where the values are a polynomial of degree m, also between uneven steps; both
-    agree up to order 1. It is summed in Lagrange's form, with coefficients in float64.
+    agree up to order 1. It is summed in Lagrange's form, in float32 at the
+    least.
 
     Args:
         values: when each was computed, in steps of the scheduler, all different; and tensors in tuples, lists and
@@ -29,16 +28,16 @@ def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
     if len(values) == 1:
         return values[0][1]
     steps = [step for step, _ in values]
-    weights = [
-        torch.tensor(
-            math.prod((position - other) / (step - other) for other in steps if other != step), dtype=torch.float64
-        )
-        for step in steps
-    ]
+    weights = [math.prod((position - other) / (step - other) for other in steps if other != step) for step in steps]
 
     def blend(*leaves: Any) -> Any:
-        if not isinstance(leaves[0], Tensor) or not leaves[0].is_floating_point():
-            return leaves[0]
-        return combine(leaves[0], *zip(weights, leaves, strict=True))
+        newest = leaves[0]
+        if not isinstance(newest, Tensor) or not newest.is_floating_point():
+            return newest
+        total = newest.to(torch.promote_types(newest.dtype, torch.float32)) * weights[0]
+        for weight, leaf in zip(weights[1:], leaves[1:], strict=True):
+            total.add_(leaf, alpha=weight)
+        return total.to(newest.dtype)
 
-    return tree_map(blend, *(tree for _, tree in values))
+    trees = [tree for _, tree in values]
+    return blend(*trees) if isinstance(trees[0], Tensor) else tree_map(blend, *trees)

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .cache import CachePart
-from .cache_call import CacheHook, Passing
+from .cache_call import CacheHook, Passing, tensors_in
 from .errors import InputError
 from .forecast import forecast
 from .network import Evaluation
@@ -142,8 +141,7 @@ class FeatureHook(CacheHook):
 
     def evaluate(self, evaluation: Evaluation, proceed: Callable[[Evaluation], Any]) -> Any:
         """Notes the shapes that the network is called with, and counts the calls of each module anew."""
-        tensors = (leaf for leaf in tree_leaves(evaluation.inputs) if isinstance(leaf, Tensor))
-        self._shapes = str([tuple(tensor.shape[1:]) for tensor in tensors])
+        self._shapes = str([tuple(tensor.shape[1:]) for tensor in tensors_in(evaluation.inputs)])
         self._calls.clear()
         return proceed(evaluation)
 

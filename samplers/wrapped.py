@@ -122,9 +122,11 @@ def _wrapped_init_noise_sigma(base: Any, state: SchedulerState) -> property:
 
 
 def _wrapped_step(base: Any, state: SchedulerState) -> Callable[..., Any]:
+    signature = inspect.signature(base.step)
+
     @functools.wraps(base.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(base.step).bind_partial(self, model_output, timestep, sample, *args)
+        bound = signature.bind_partial(self, model_output, timestep, sample, *args)
         options = dict(list(bound.arguments.items())[4:]) | _accepted(kwargs, state.step_options, base.__name__)
         call = state.call
         if call is not None and "generator" in state.step_options and options.get("generator") is None:
