@@ -63,7 +63,7 @@ def reported(judge: Judge, plan: dict[str, Any], cell: dict[str, Any], data_vari
 
 
 def main() -> None:
-    """Writes ``--out`` after each solver, beside what other solvers it has."""
+    """Writes ``--out`` after each search and each report, beside what it has of other solvers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipe", default="demo:fashion-unet")
     parser.add_argument("--work", type=Path, required=True)
@@ -81,15 +81,17 @@ def main() -> None:
     search = Judge(options.pipe, options.work, options.search_n, SEARCH_SEED)
     judge = Judge(options.pipe, options.work, options.n, 0)
     table: dict[str, Any] = read_json(options.out)["solvers"] if options.out.is_file() else {}
+    result = {key: getattr(options, key) for key in ("pipe", "n", "search_n", "data_variance")}
+    result |= {"search_seed": SEARCH_SEED, "solvers": table}
     for name in options.names:
         spacing, plan = base_plan(name, EVALUATIONS, screen, options.solvers)
         cells = searched(search, plan, options.windows, options.cutoffs)
         _, cell = best((name, cell) for cell in cells)
         table[name] = {"spacing": spacing, "cells": cells, "best": {key: cell[key] for key in ("window", "cutoff")}}
+        write_json(options.out, result)
         table[name]["rows"] = reported(judge, plan, cell, options.data_variance)
         print(name, table[name]["best"], cell["difference"], flush=True)  # noqa: T201
-        settings = {key: getattr(options, key) for key in ("pipe", "n", "search_n", "data_variance")}
-        write_json(options.out, settings | {"search_seed": SEARCH_SEED, "solvers": table})
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from fewstep.eval.assets import load_pipeline, plan_folder
 from fewstep.samplers import Evidence, InputError, Plan, TunedFor, denoisers, fingerprint
+from fewstep.samplers.files import atomic_path
 from fewstep.scripts.bench.judge import Judge, fd_difference
 
 FRESH_SEED = 4_000_000
@@ -44,7 +46,7 @@ def evidence_of(row: dict[str, Any], base: dict[str, Any], against: str, command
 
 
 def main() -> None:
-    """Writes the plan into the folder of those that ship."""
+    """Writes the plan, and the files that it names, into the folder of those that ship."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipe", required=True, help="a demo, such as demo:fashion-dit")
     parser.add_argument("--plan", type=Path, required=True)
@@ -69,6 +71,9 @@ def main() -> None:
         steps=plan.nominal_steps,
     )
     shipped = plan.model_copy(update={"name": name, "tuned_for": tuned_for, "evidence": evidence})
+    for file in (file for part in plan.parts for file in part.files):
+        with atomic_path(folder / file) as path:
+            shutil.copyfile(options.plan.with_name(file), path)
     shipped.save(folder / f"{name}.json")
     sys.stdout.write(f"{folder / name}.json {evidence[0].value} {evidence[1].value} ± {evidence[1].se}\n")
 
