@@ -1,10 +1,13 @@
 """The seam of the caches, by a cache that keeps the output of whole blocks."""
 
 import threading
+
 import numpy as np
 import pytest
 import torch
+from tiny import call_arguments, tiny_dit, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_wan
 from torch.utils._pytree import tree_leaves
+from toy_cache import Blocks
 
 from fewstep.samplers import (
     BlockMask,
@@ -16,10 +19,6 @@ from fewstep.samplers import (
     SpacingGrid,
     attach,
 )
-
-from tiny import call_arguments, tiny_dit, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_wan
-from toy_cache import Blocks
-
 
 CASES = {
     "dit": (tiny_dit, "transformer_blocks.0.attn1"),
