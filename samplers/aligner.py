@@ -23,7 +23,8 @@ class Aligner(Part):
     Ratios are learned for one network, solver, number of steps and guidance: `search.aligner.fit_aligner` fits them
     and writes all of that down here and in the plan's ``tuned_for``. Used with another solver or guidance, the plan
     warns. The plan takes as many steps as there are ratios. Solvers that evaluate the network more than once a step
-    are refused: their inner evaluations are at other times, for which no ratio was learned.
+    are refused: their inner evaluations are at other times, for which no ratio was learned. On the demo ``fashion-dit``
+    it takes 4 to 5 % off fd_fashion (docs/samplers.md).
     """
 
     type: Literal["aligner"] = "aligner"

@@ -2,7 +2,8 @@
 
 On the demo ``fashion-dit`` (512 seeds, 5 steps of DPM-Solver++) the early start helps and the Gaussian does not, for
 alpha_M is 0.04 at M = 800: fd_fashion is 13.6 +- 1.0 from 999, 9.6 +- 0.8 from 800 with unit noise, and 9.9 +- 0.8
-from 800 with this part.
+from 800 with this part. On ``fashion-unet``, whose pixels have a mean, the Gaussian helps too (1,280 seeds, 5 steps of
+DPM-Solver++ with Karras' sigmas): 46.7 from 999, 26.3 from 800, 18.6 with this part, 7.7 +- 1.2 less.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class EpsilonScaling(Part):
     While it samples, a network is shown noisier states than those it was trained on, and predicts too much noise.
     lambda = slope * left + scale, the paper's kt + b, where ``left`` counts the steps that follow: 0 in the last one.
     The paper found the uniform lambda (slope 0) as good: 1.017 for CIFAR-10 and 1.004 to 1.006 for larger images at
-    100 steps, more for fewer.
+    100 steps, more for fewer. On the demo ``fashion-dit`` 1.03 takes fd_fashion from 9.8 to 5.2 in five leading steps
+    of DPM-Solver++; with Karras' steps, or multistep solvers on ``fashion-unet``, it does harm (docs/samplers.md).
 
     The noise is scaled whatever the network predicts: the output is converted to noise, divided, and converted back
     at the same state, guidance applied. The channels of a learned variance stay. Where x_t is noise alone (zero

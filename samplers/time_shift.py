@@ -35,6 +35,9 @@ Those two are exact for DDIM without noise (eta = 0), and refused on other solve
 takes the variance of the noise prediction, which is about 1 and so always ends at the noisy end, and steps a
 multistep solver between times of its own for each sample, which diffusers' cannot: it is left out.
 
+On the demo ``fashion-unet`` the best cell takes 0.5 +- 0.2 of 73.8 off DDIM's fd_fashion in ten steps, and nothing
+that can be told from chance off DPM-Solver++'s; low cutoffs and wide windows do harm (docs/samplers.md).
+
 Solvers with several evaluations a step (Heun, KDPM2, PNDM's warm-up) are shifted at each of them: there too the
 state belongs to the listed time.
 """

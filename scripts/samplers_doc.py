@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,24 +62,32 @@ SHIFT_REPORT = "The best cell of each on other seeds, and the same cell with the
 
 SHIPPED_HEAD = """## Plans that ship
 
-What was found, put together: chosen on the screening seeds, and measured beside the best of the solver's own spacings
-on others, where neither was chosen (`python -m fewstep.scripts.demo.ship_plan`).
+What was found, put together, and measured beside the best of the solver's own spacings on seeds where neither was
+chosen, from 4,000,000 on (`python -m fewstep.scripts.demo.ship_plan`).
 """
 
 NOTES = """## What helps, and what does not
 
 * **Where the steps are** decides more than which solver takes them. On `fashion-unet`, which works on pixels, Karras'
-  sigmas halve the distance of the multistep solvers, or more; on `fashion-dit` they help at ten evaluations and not at
-  five. Second-order multistep solvers (DPM-Solver++ 2M, UniPC) come before first-order ones at every budget.
-* **An early start** helps both teachers. Above timestep 800 there is next to no signal (alpha is 0.04 there), so the
-  first step is better spent below.
-* **Epsilon scaling** depends on the grid. On `fashion-dit` 1.03 with five even steps halves the distance, and raises
-  recall where guidance has lowered it; with Karras' steps, which end in small ones, the same scale triples it. On
-  `fashion-unet` 1.03 more than doubles it. Choose it with the grid, never alone (256 screening images each).
-* **Time shift**, by its residual, makes DDIM worse on `fashion-unet` but for narrow windows at noisy times, where it
-  changes little. A variance of 1,024 pixels that are not independent says too little about the time.
-* **Skipping guidance** saves evaluations; on a network this small one image takes as long with one branch as with two,
-  so that time is saved in batches only.
+  sigmas bring DPM-Solver++ from 37 with trailing steps (the README's table) to 13 at ten evaluations; on `fashion-dit`
+  they are its best from eight on. Multistep solvers, PNDM apart, come before first-order ones at every budget.
+* **An early start** helps both teachers in five steps of a multistep solver. In ten there are steps enough: it changes
+  nothing on `fashion-dit` and costs much on `fashion-unet`, as it does for DDIM there, because noise alone lacks the
+  mean of the images.
+* **Analytic-Init** puts that mean in. On pixels it takes far more off than the early start alone, for DDIM at both
+  budgets; with Karras' steps it helps at five and costs a little at ten. On latents, whose mean is small, it adds
+  nothing to the early start.
+* **Epsilon scaling** depends on the grid. On `fashion-dit` 1.03 with five even steps takes almost half of the distance
+  off and raises recall, which guidance had lowered; in ten steps it does next to nothing. With Karras' steps 1.03
+  tripled the distance on 256 screening images. On `fashion-unet` the smallest scale tried, 1.002, helps DDIM a little
+  and harms the multistep solvers. Choose it with the grid, never alone.
+* **The aligner** takes a little off, beyond the errors, after thirty gradient steps a ratio.
+* **Time shift**, by its residual, makes DDIM worse on `fashion-unet` but for narrow windows and high cutoffs; the best
+  cells are worth half a point or nothing on other seeds, with either criterion.
+* **Zero terminal SNR** rescales the betas under teachers that were trained with signal left in the noisiest step: worse
+  for the multistep solvers by far, and little for DDIM.
+* **ReDi** at five evaluations loses to five plain steps, in recall most of all.
+* **Guidance** can be left out early at no cost in distance or accuracy; left out late, it costs both.
 """
 
 GUIDANCE_HEAD = """## Guidance in a window of the steps
@@ -332,10 +341,23 @@ def _commands(
         add("time_shift", "fashion-unet", "time-shift-unet", shift, ("n", "search_n", "data_variance"), rest)
     for demo in DEMOS:
         flags = ("n", "screen_n", "samples", "iterations", "trajectories")
-        rest = f" --time_shift {RESULTS}/time-shift-unet.json"
+        rest = f" --time_shift {RESULTS}/time-shift-unet.json{_chosen(parts[demo])}"
         add("parts", demo, f"parts-{_short(demo)}", parts[demo], flags, rest)
     add("guidance_window", "fashion-dit", "guidance-dit", guidance, ("n", "screen_n", "repeats"))
     return "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
+
+
+def _chosen(parts: Found | None) -> str:
+    """The flags for the solvers, budgets and parts that are in the results."""
+    if parts is None:
+        return ""
+    cases = parts["cases"]
+    flags: dict[str, Iterable[Any]] = {
+        "bases": (case["solver"] for case in cases),
+        "budgets": (case["budget"] for case in cases),
+        "parts": (part for case in cases for part in case["rows"] if part != "plain"),
+    }
+    return "".join(f" --{flag} {shlex.join(map(str, dict.fromkeys(values)))}" for flag, values in flags.items())
 
 
 def _grids(shift: Found) -> list[tuple[str, str, str]]:
