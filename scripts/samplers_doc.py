@@ -10,6 +10,8 @@ from typing import Any
 from ..eval.assets import shipped_plans
 from ..samplers import Plan
 from ..samplers.files import read_json
+from .bench.solvers import SOLVERS
+from .bench.time_shift import NAMES
 
 Found = dict[str, Any]
 "What a benchmark wrote."
@@ -93,9 +95,11 @@ NOTES = """## What helps, and what does not
 GUIDANCE_HEAD = """## Guidance in a window of the steps
 
 DPM-Solver++ 2M on `fashion-dit`, scale 1.5; outside the window the unconditional branch is not evaluated, but for the
-first step, where the part finds out which branch is which. Latency is that of one call as a share of the call with
-full guidance, both called in turn: the median of the pairs, quartiles in brackets.
+first step, where the part finds out which branch is which.
 """
+
+LATENCY = """Latency is that of one call as a share of the call with full guidance, both called in turn: the median
+of the pairs, quartiles in brackets."""
 
 
 def document(results: Path) -> str:
@@ -187,7 +191,14 @@ def _solvers(found: Found) -> str:
         return (f"**{text}**" if bold else text) + (f" ({row['spacing']})" if row["spacing"] != "None" else "")
 
     head = ["scheduler", *(f"{budget} evaluations" for budget in BUDGETS)]
-    return _table(head, ([f"`{name}`", *(cell(rows, budget) for budget in BUDGETS)] for name, rows in table.items()))
+    lines = _table(head, ([f"`{name}`", *(cell(rows, budget) for budget in BUDGETS)] for name, rows in table.items()))
+    return lines + _missing(SOLVERS, table)
+
+
+def _missing(names: Iterable[str], found: Iterable[str]) -> str:
+    """A sentence that lists the names that were not measured, if there are any."""
+    missing = [f"`{name}`" for name in names if name not in set(found)]
+    return f"\n\nNot measured: {', '.join(missing)}." if missing else ""
 
 
 def _parts(found: Found) -> str:
@@ -269,11 +280,12 @@ def _shift(found: Found) -> str:
         for name, entry in found["solvers"].items()
         if "rows" in entry
     ]
+    missing = _missing(NAMES, found["solvers"])
     if not report:
-        return "\n\n".join([*blocks, "The best cells were not measured on other seeds."])
+        return "\n\n".join([*blocks, "The best cells were not measured on other seeds."]) + missing
     head = ["solver", "window, cutoff", "fd without", "`residual`", f"`data-variance` {found['data_variance']:g}"]
     seeds = f"{found['n']:,} images, seeds from 0 on."
-    return "\n\n".join([*blocks, f"{SHIFT_REPORT} {seeds}", _table(head, report)])
+    return "\n\n".join([*blocks, f"{SHIFT_REPORT} {seeds}", _table(head, report)]) + missing
 
 
 def _guidance(found: Found) -> str:
@@ -300,7 +312,8 @@ def _guidance(found: Found) -> str:
     ]
     timed = [f"latency, batch {size}" for size in sizes]
     head = ["steps", "window", "NFE", "fd", "less full guidance", *METRICS.values(), *timed]
-    return f"{found['n']:,} images a row, seeds from 0 on.\n\n" + _table(head, rows)
+    note = LATENCY if sizes else "Latency was not measured."
+    return f"{found['n']:,} images a row, seeds from 0 on. {note}\n\n" + _table(head, rows)
 
 
 def _shipped() -> str:

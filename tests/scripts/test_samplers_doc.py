@@ -71,6 +71,7 @@ def test_schedulers_with_their_spacing_and_the_least_of_each_budget_in_bold(tmp_
     cells = lines(text, "| `one`")[0].split(" | ")
     assert cells[1:4] == ["**9.0 ± 0.5** (leading)", "**7.2 ± 0.3** (karras)", "9.0 ± 0.5 (leading)"]
     assert lines(text, "| `other`")[0].split(" | ")[1:4] == ["refused", "8.0 ± 0.5", "**3.0 ± 0.5** (beta)"]
+    assert "Not measured: `ddim`, " in text
     command = "scripts.bench.solvers --pipe demo:fashion-dit --work work/dit --n 2560 --screen_n 256 --out docs/results"
     assert command in text
 
