@@ -51,8 +51,18 @@ class SchedulerState:
 
 
 def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None) -> SchedulerState:
-    """Gives ``scheduler`` its wrapping subclass, in place, and returns the wrapper's state."""
-    base = type(scheduler)
+    """Gives ``scheduler`` its wrapping subclass, in place, and returns the wrapper's state.
+
+    Raises:
+        InputError: when its step takes the time at another place than other schedulers do (CogVideoX's DPM).
+    """
+    base: Any = type(scheduler)
+    arguments = list(inspect.signature(base.step).parameters)
+    if "timestep" in arguments and arguments.index("timestep") != 2:
+        raise InputError(
+            f"{base.__name__} takes ({', '.join(arguments[1:])}) in its step, which no plan can follow; give the plan "
+            "another solver"
+        )
     state = SchedulerState(scheduler, grid)
     body: dict[str, Any] = {
         "__module__": base.__module__,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -336,3 +337,11 @@ def test_two_hundred_random_sequences_end_where_they_began():
         handle.detach()
         assert state_of(pipe) == before
     assert np.array_equal(pipe(**call_arguments(pipe), num_inference_steps=3).images, expected)
+
+
+def test_a_scheduler_that_takes_the_time_elsewhere_is_refused():
+    pipe = tiny_unet()
+    pipe.scheduler = CogVideoXDPMScheduler()
+    with pytest.raises(InputError, match=r"CogVideoXDPMScheduler takes .*timestep_back.* in its step"):
+        attach(pipe, Plan())
+    assert type(pipe.scheduler) is CogVideoXDPMScheduler
