@@ -10,6 +10,7 @@ from typing import Any
 from ..eval.assets import shipped_plans
 from ..samplers import Plan
 from ..samplers.files import read_json
+from . import markdown
 from .bench.solvers import SOLVERS
 from .bench.time_shift import NAMES
 
@@ -149,24 +150,15 @@ def _or_missing(section: Callable[[Found], str], found: Found | None) -> str:
     return section(found) if found else "Not measured."
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _number(value: float, se: float, digits: int = 2, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f} ± {se:.{digits}f}"
-
-
 def _metric(row: dict[str, Any], kind: str, digits: int) -> str:
     found = row["metrics"].get(kind)
-    return _number(found["value"], found["se"], digits) if found else ""
+    return markdown.number(found["value"], found["se"], digits) if found else ""
 
 
 def _difference(pair: Sequence[float] | None) -> str:
     if pair is None:
         return ""
-    text = _number(pair[0], pair[1], sign="+")
+    text = markdown.number(pair[0], pair[1], sign="+")
     return f"**{text}**" if _beyond(pair) else text
 
 
@@ -191,7 +183,9 @@ def _solvers(found: Found) -> str:
         return (f"**{text}**" if bold else text) + (f" ({row['spacing']})" if row["spacing"] != "None" else "")
 
     head = ["scheduler", *(f"{budget} evaluations" for budget in BUDGETS)]
-    lines = _table(head, ([f"`{name}`", *(cell(rows, budget) for budget in BUDGETS)] for name, rows in table.items()))
+    lines = markdown.table(
+        head, ([f"`{name}`", *(cell(rows, budget) for budget in BUDGETS)] for name, rows in table.items())
+    )
     return lines + _missing(SOLVERS, table)
 
 
@@ -218,7 +212,7 @@ def _parts(found: Found) -> str:
         for part, row in case["rows"].items()
     ]
     head = ["solver, evaluations", "part", "NFE", "fd", "less plain", "less early start", *metrics.values()]
-    return _table(head, rows)
+    return markdown.table(head, rows)
 
 
 def _part(part: str, row: dict[str, Any]) -> str:
@@ -256,7 +250,9 @@ def _verdicts(parts: dict[str, Found | None]) -> str:
         [f"`{part}`", *(text.format(*found[demo]) if demo in found else "–" for demo in DEMOS)]
         for part, found in counts.items()
     ]
-    return "Comparisons beyond two standard errors:\n\n" + _table(["part", *(f"`{demo}`" for demo in DEMOS)], rows)
+    return "Comparisons beyond two standard errors:\n\n" + markdown.table(
+        ["part", *(f"`{demo}`" for demo in DEMOS)], rows
+    )
 
 
 def _shift(found: Found) -> str:
@@ -269,7 +265,7 @@ def _shift(found: Found) -> str:
             for window in windows
         ]
         title = f"`{name}` ({entry['spacing']}), {found['search_n']} images, seeds from {found['search_seed']:,} on:"
-        blocks.append(title + "\n\n" + _table(["window", *(f"cutoff {cutoff:g}" for cutoff in cutoffs)], rows))
+        blocks.append(title + "\n\n" + markdown.table(["window", *(f"cutoff {cutoff:g}" for cutoff in cutoffs)], rows))
     report = [
         [
             f"`{name}`",
@@ -285,7 +281,7 @@ def _shift(found: Found) -> str:
         return "\n\n".join([*blocks, "The best cells were not measured on other seeds."]) + missing
     head = ["solver", "window, cutoff", "fd without", "`residual`", f"`data-variance` {found['data_variance']:g}"]
     seeds = f"{found['n']:,} images, seeds from 0 on."
-    return "\n\n".join([*blocks, f"{SHIFT_REPORT} {seeds}", _table(head, report)]) + missing
+    return "\n\n".join([*blocks, f"{SHIFT_REPORT} {seeds}", markdown.table(head, report)]) + missing
 
 
 def _guidance(found: Found) -> str:
@@ -313,7 +309,7 @@ def _guidance(found: Found) -> str:
     timed = [f"latency, batch {size}" for size in sizes]
     head = ["steps", "window", "NFE", "fd", "less full guidance", *METRICS.values(), *timed]
     note = LATENCY if sizes else "Latency was not measured."
-    return f"{found['n']:,} images a row, seeds from 0 on. {note}\n\n" + _table(head, rows)
+    return f"{found['n']:,} images a row, seeds from 0 on. {note}\n\n" + markdown.table(head, rows)
 
 
 def _shipped() -> str:
@@ -324,9 +320,9 @@ def _shipped() -> str:
             found = {evidence.metric: evidence for evidence in plan.evidence}
             own, less = found.get("fd_fashion"), found.get("fd_fashion difference")
             if own and less:
-                numbers = [_number(one.value, one.se or 0.0) for one in (own, less)]
+                numbers = [markdown.number(one.value, one.se or 0.0) for one in (own, less)]
                 rows.append([f"`{demo}/{plan.name}`", f"{own.n:,}", *numbers, f"`{less.against}`"])
-    return _table(["plan", "images", "fd", "difference", "to"], rows)
+    return markdown.table(["plan", "images", "fd", "difference", "to"], rows)
 
 
 def _commands(
