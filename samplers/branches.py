@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from .cache_call import tensors_in
 
 CONDITIONS = (
     "encoder_hidden_states",
@@ -36,7 +36,7 @@ class Branches:
             inputs: arguments of its forward by name.
             ordinal: its place among the evaluations of the step.
         """
-        tensors = [value for name in CONDITIONS for value in _tensors(inputs.get(name))]
+        tensors = [value for name in CONDITIONS for value in tensors_in(inputs.get(name))]
         key = (component, tuple(id(tensor) for tensor in tensors))
         for known, branch, _ in self._known:
             if known == key and tensors:
@@ -44,11 +44,3 @@ class Branches:
         self._known = [entry for entry in self._known if entry[0][0] != component or entry[1] != ordinal]
         self._known.append((key, ordinal, tensors))  # kept alive, so that no other tensor gets its id
         return ordinal
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

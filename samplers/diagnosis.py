@@ -50,10 +50,10 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data."""
-        return {"ok": self.ok, **dataclasses.asdict(self), "findings": [dataclasses.asdict(f) for f in self.findings]}
+        return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def __rich__(self) -> Table:
-        title = f"{self.pipeline}, {self.plan or 'plan'}" if self.plan else self.pipeline
+        title = f"{self.pipeline}, {self.plan}" if self.plan else self.pipeline
         table = Table(title=title, title_justify="left")
         for heading in ("", "verdict", "what was found"):
             table.add_column(heading, overflow="fold")

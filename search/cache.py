@@ -29,6 +29,7 @@ from ..samplers import (
     fingerprint,
 )
 from ..samplers.registry import Registry
+from ..samplers.stats import Counter
 from .budget import Budget, Judges
 from .cache_costs import Sample
 
@@ -205,20 +206,16 @@ class _Bench:
 
     def run(self, plan: Plan, numbers: range) -> tuple[Tensor, dict[str, ModuleRows]]:
         """Samples of a plan, (n, ...) float on the CPU, images with channels first; and what its caches did."""
-        found, modules = [], dict[str, ModuleRows]()
+        found, counter = [], Counter()
         with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(self.pipe, plan) as handle:
             for batch in _batches(numbers, self.batch_size):
                 output = self.pipe(**({"output_type": "np"} | self.call(batch)))
                 found.append(_samples(output))
                 assert handle.stats is not None
-                for name, rows in handle.stats.modules.items():
-                    before = modules.get(name, ModuleRows())
-                    modules[name] = ModuleRows(
-                        before.calls + rows.calls, before.run + rows.run, before.skipped + rows.skipped
-                    )
+                counter.add(handle.stats)
         self.trajectories += len(numbers) / self.n
         self.progress(round(self.trajectories), MOST_RUNS)
-        return torch.cat(found), modules
+        return torch.cat(found), counter.modules
 
 
 def _batches(numbers: range, size: int) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fewstep.eval.assets import reference_plan
 from fewstep.samplers.errors import InputError
 from fewstep.samplers.files import write_json
 
@@ -111,8 +112,6 @@ def choose(judge: Judge, solver: Solver, budget: int, guidance: dict[str, Any] |
 
 def guidance_of(pipe: str) -> dict[str, Any] | None:
     """The guidance that a demo is sampled with."""
-    from fewstep.eval.assets import reference_plan
-
     return reference_plan(pipe, 50).to_json().get("guidance")
 
 
