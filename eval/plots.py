@@ -1,38 +1,37 @@
-"""Pareto plots as inline SVG that takes its colours from the page, light or dark."""
+"""Pareto plots of quality against cost, with labels that keep out of each other's way."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib as mpl
-from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-# Placeholders that become the page's CSS variables after rendering.
-INK = {
-    "#010101": "var(--fg)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--line)",
-    "#040404": "var(--plan)",
-    "#050505": "var(--baseline)",
-    "#060606": "var(--band)",
-    "#070707": "var(--grey)",
-    "#080808": "var(--bg)",
-}
-FG, MUTED, LINE, PLAN, BASELINE, BAND, GREY, BACKGROUND = INK
+from .svg import (
+    BACKGROUND,
+    BAND,
+    BASELINE,
+    FG,
+    FONT_PX,
+    GREY,
+    LINE,
+    MARKER_PX,
+    MUTED,
+    PLAN,
+    blank_figure,
+    figure_svg,
+    label_of,
+    page_style,
+    plain_axes,
+    plain_log_ticks,
+)
 
 MARKERS = {"reference": "s", "baseline": "o", "control": "^", "plan": "D"}
 COLOURS = {"reference": FG, "baseline": BASELINE, "control": BASELINE, "plan": PLAN}
-
-FONT_PX = 12
-MARKER_PX = 8.0
 
 
 @dataclass(frozen=True)
@@ -157,41 +156,23 @@ def pareto_svg(plot: ParetoPlot, width_px: int, height_px: int, title: str, pref
         title: what a screen reader says.
         prefix: goes before every id, so that several plots share a page.
     """
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": prefix,
-        "font.family": "DejaVu Sans",
-        "font.size": FONT_PX,
-        "text.parse_math": False,
-        "axes.unicode_minus": True,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width_px / 72, height_px / 72), dpi=72)
-        figure.patch.set_visible(False)
+    with page_style(prefix):
+        figure = blank_figure(width_px, height_px)
         axes = figure.add_axes((52 / width_px, 46 / height_px, 1 - 64 / width_px, 1 - 58 / height_px))
         _draw_axes(axes, plot)
         _draw_points(axes, plot)
         _draw_labels(figure, axes, plot, _draw_levels(axes, plot))
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _for_the_page(stream.getvalue(), title, prefix)
+        return figure_svg(figure, title, prefix)
 
 
 def _draw_axes(axes: Axes, plot: ParetoPlot) -> None:
-    axes.patch.set_visible(False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LINE)
-    axes.tick_params(colors=MUTED, which="both", length=3, labelsize=FONT_PX - 1)
-    axes.set_xlabel(plot.x_label, color=MUTED, fontsize=FONT_PX)
-    axes.set_ylabel(plot.y_label, color=MUTED, fontsize=FONT_PX)
+    plain_axes(axes, plot.x_label, plot.y_label)
     xs = [x for p in plot.points for x in (p.x, p.x_low or p.x, p.x_high or p.x)]
     axes.set_xscale("log")
     axes.set_xlim(min(xs) / 1.25, max(xs) * 1.6)
-    _plain_log_ticks(axes.xaxis, min(xs) / 1.25, max(xs) * 1.6)
+    plain_log_ticks(axes.xaxis, min(xs) / 1.25, max(xs) * 1.6)
     _set_y(axes, plot)
     axes.grid(visible=True, axis="y", color=LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _set_y(axes: Axes, plot: ParetoPlot) -> None:
@@ -201,7 +182,7 @@ def _set_y(axes: Axes, plot: ParetoPlot) -> None:
         axes.set_yscale("log")
         room = max(1.25, (max(values) / min(values)) ** 0.12)
         low, high = min(values) / room, max(values) * room
-        _plain_log_ticks(axes.yaxis, low, high)
+        plain_log_ticks(axes.yaxis, low, high)
     else:
         ends = [v + k * 2 * (p.se or 0) for p in plot.points for v in (p.y,) for k in (-1, 1)] + values
         margin = 0.1 * (max(ends) - min(ends)) or 0.1 * abs(max(ends)) or 1.0
@@ -220,16 +201,6 @@ def _far(plot: ParetoPlot) -> bool:
         factor = max(min(values) / plot.floor, plot.floor / max(values))
         return factor > max(1.5, max(values) / min(values))
     return gap > max(values) - min(values) > 0
-
-
-def _plain_log_ticks(axis: mpl.axis.Axis, low: float, high: float) -> None:
-    """Plain numbers at 1, 2, 5 of each decade, or at round steps where that leaves fewer than three."""
-    candidates = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
-    if sum(low <= tick <= high for tick in candidates) < 3:
-        candidates = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    axis.set_major_locator(FixedLocator([tick for tick in candidates if low <= tick <= high]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def _draw_levels(axes: Axes, plot: ParetoPlot) -> list[Box]:
@@ -294,35 +265,3 @@ def _bar(axes: Axes, point: Point) -> Box:
     low = max(point.y - reach, axes.get_ylim()[0])
     (x, bottom), (_, top) = (axes.transData.transform((point.x, y)) for y in (low, point.y + reach))
     return Box(x - 1, bottom, 2, top - bottom)
-
-
-def label_of(name: str, longest: int = 22) -> str:
-    """``name`` on one line, cut in the middle when it is too long for a plot."""
-    line = " ".join(name.split())
-    half = longest // 2
-    return line if len(line) <= longest else f"{line[:half]}…{line[-half + 1 :]}"
-
-
-def _for_the_page(svg: str, title: str, prefix: str) -> str:
-    """Cuts the file header, scopes the ids, and swaps fixed colours and fonts for the page's own."""
-    svg = svg[svg.index("<svg") :]
-    box = re.search(r'viewBox="[^"]+"', svg)
-    head = f'<svg class="plot" {box.group() if box else ""} role="img" aria-label="{escape(title)}"'
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index(">") + 1 :], flags=re.DOTALL)
-    swaps: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-        (r'\bid="', f'id="{prefix}-'),
-        (r'href="#', f'href="#{prefix}-'),
-        (r"url\(#", f"url(#{prefix}-"),
-        ("|".join(INK), lambda match: INK[match.group()]),
-        ("'DejaVu Sans'", "var(--sans)"),
-    ]
-
-    def inside_tag(
-        tag: re.Match[str],
-    ) -> str:  # not in the text between tags: a method may be called "#010101"
-        text = tag.group()
-        for pattern, swap in swaps:
-            text = re.sub(pattern, swap, text)
-        return text
-
-    return f'{head} xmlns:xlink="http://www.w3.org/1999/xlink">' + re.sub(r"<[^>]+>", inside_tag, body)

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..samplers.files import write_text
+from .page import flat, flops, page_template
 from .pictures import Picture, find_pictures
 from .plots import ParetoPlot, Point, pareto_svg
 from .report_csv import write_csv
@@ -111,20 +111,13 @@ def write_report(out: Path) -> Path:
         InputError: when OUT/runs holds no run, a run or shard is damaged, or the runs do not belong together.
     """
     bench = load_bench(out)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     seeds = range(bench.runs[0].seeds[0], bench.runs[0].seeds[0] + GRID_SEEDS)
     pictures = {run.name: _pictures(out, bench, run, seeds) for run in bench.runs}
     shown = {seed: [pictures[run.name][seed] for run in bench.runs if seed in pictures[run.name]] for seed in seeds}
     worst = [run for run in bench.runs if run.worst and bench.reference]
     widest = max((picture.width for column in pictures.values() for picture in column.values()), default=0)
     zoom = 1 if widest > CRISP_SIDE else 2 if len(bench.runs) > 8 else 3
-    page = environment.get_template("report.html").render(
+    page = page_template("report.html").render(
         bench=bench,
         verdict=verdict(bench),
         rows=[_row(bench, index, run) for index, run in enumerate(bench.runs, 1)],
@@ -172,7 +165,7 @@ def _row(bench: Bench, index: int, run: Run) -> Row:
         quartiles=quartiles,
         first_call=_or_empty(timing.first_call_s, seconds),
         images_per_s=f"{digits(throughput.images_per_s)} at batch {throughput.batch}" if throughput else "",
-        flops=_or_empty(timing.flops, _flops),
+        flops=_or_empty(timing.flops, flops),
         peak=_or_empty(timing.peak_bytes, _bytes),
         peak_kind=(timing.peak_kind or "").replace("_", " ") if timing.peak_bytes is not None else "",
         weights=_or_empty(timing.weights_bytes, _bytes),
@@ -195,13 +188,6 @@ def _or_empty(value: Any, render: Any) -> str:
 
 def _bytes(value: float) -> str:
     return f"{digits(value / 2**30)} GiB" if value >= 2**30 else f"{digits(value / 2**20)} MiB"
-
-
-def _flops(value: float) -> str:
-    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= factor:
-            return f"{digits(value / factor)} {unit}"
-    return digits(value)
 
 
 def _shares(timing: Timing) -> tuple[tuple[str, float], ...]:
@@ -319,20 +305,9 @@ def _environment(runs: Sequence[Run]) -> list[tuple[str, dict[str, list[str]]]]:
     """Every key of the environments with its values, each with the runs that have it."""
     table: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        for key, value in _flat(run.env):
+        for key, value in flat(run.env):
             table.setdefault(key, {}).setdefault(value, []).append(run.name)
     return sorted(table.items())
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    items: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            items += _flat(inner, f"{prefix}{key}.")
-        elif inner is not None:
-            text = ", ".join(str(item) for item in inner) if isinstance(inner, list) else str(inner)
-            items.append((f"{prefix}{key}", text))
-    return items
 
 
 def _warnings(bench: Bench) -> list[tuple[str, list[str]]]:
