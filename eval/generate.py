@@ -131,6 +131,11 @@ class ImageSet:
                 raise InputError(f"{self.path(index)} is missing or incomplete; run the same command again")
             yield shard
 
+    def batches(self) -> Iterator[Tensor]:
+        """The images of `shards`, uint8 (B, C, H, W)."""
+        for shard in self.shards():
+            yield shard.images
+
     def missing(self) -> int:
         """Number of images that are still to be made, over all processes."""
         made = (self.read(index) for index in self.indices)
@@ -207,7 +212,7 @@ def sample_images(
     Returns:
         Images uint8 (B, C, H, W), and whether all noise came from the images' own generators.
     """
-    with _watch_global_noise(pipe.device, seeds[0]) as untouched:
+    with watch_global_noise(pipe.device, seeds[0]) as untouched:
         output = call_pipeline(pipe, conditions, seeds, call_kwargs)
         seeded = untouched()
     array = np.ascontiguousarray(output.images, dtype=np.float32)
@@ -230,7 +235,7 @@ def call_pipeline(pipe: Any, conditions: Conditions, seeds: Sequence[int], call_
 
 
 @contextmanager
-def _watch_global_noise(device: torch.device, seed: int) -> Iterator[Callable[[], bool]]:
+def watch_global_noise(device: torch.device, seed: int) -> Iterator[Callable[[], bool]]:
     """Seeds torch's global generators for the block, restores them, and tells whether they were used."""
     cuda = [device] if device.type == "cuda" else []
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .clipscore import ClipScore
 from .conditions import Conditions
 from .distances import frechet_jackknife, kernel_jackknife
 from .features import FeatureNet, FeatureStats
-from .generate import ImageSet
+from .generate import SHARD_SIZE
 from .jackknife import BLOCKS, Estimate, Jackknife, block_slices, mean_estimate, mean_jackknife
 from .manifold import ManifoldScores, manifold_scores
 from .paired import Lpips, feature_distance, psnr, ssim
@@ -35,6 +35,34 @@ WHY_NOT: dict[Need, str] = {
 "What to say when a need is not met."
 
 
+class Images(Protocol):
+    """Images in the order of their seeds: files, as in `ImageSet`, or tensors, as in `HeldImages`."""
+
+    @property
+    def seeds(self) -> range:
+        """One for each image."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """All images in order, uint8 (B, C, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldImages:
+    """Images in memory.
+
+    Attributes:
+        seeds: one for each image.
+        images: uint8 (n, C, H, W); None where only their features were kept.
+    """
+
+    seeds: range
+    images: Tensor | None
+
+    def batches(self) -> Iterator[Tensor]:
+        """All images in order, uint8 (B, C, H, W)."""
+        yield from torch.split(needed(self.images), SHARD_SIZE)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Images that are judged, and what they are judged with; a metric sees only what it needs.
@@ -50,7 +78,7 @@ class Sample:
         reference: the reference row on the same seeds, None when this is it.
     """
 
-    images: ImageSet
+    images: Images
     conditions: Conditions
     vectors: Tensor | None
     net: FeatureNet | None
@@ -81,9 +109,9 @@ class Sample:
         return manifold_scores(needed(needed(self.real).features), self.features, blocks=self.blocks)
 
     def pairs(self, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """``compare`` of the images and the reference's, float64 (n,), a shard at a time."""
-        both = zip(self.images.shards(), needed(self.reference).images.shards(), strict=True)
-        return torch.cat([compare(ours.images, theirs.images) for ours, theirs in both])
+        """``compare`` of the images and the reference's, float64 (n,), a batch at a time."""
+        both = zip(self.images.batches(), needed(self.reference).images.batches(), strict=True)
+        return torch.cat([compare(ours, theirs) for ours, theirs in both])
 
     @cached_property
     def feature_distances(self) -> Tensor:
@@ -138,10 +166,9 @@ def _class_accuracy(sample: Sample) -> Jackknife:
 def _clip_score(sample: Sample) -> Jackknife:
     prompts = sample.conditions.inputs(sample.images.seeds)["prompt"]
     scores = []
-    for shard in sample.images.shards():
-        count = len(shard.seeds)
-        scores.append(needed(sample.clip).per_image(shard.images, prompts[:count]))
-        prompts = prompts[count:]
+    for images in sample.images.batches():
+        scores.append(needed(sample.clip).per_image(images, prompts[: len(images)]))
+        prompts = prompts[len(images) :]
     return mean_jackknife(torch.cat(scores), sample.blocks)
 
 
@@ -175,3 +202,36 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """What can be measured. A metric of features is called by its kind and the network, such as ``fd_fashion``."""
+
+
+def unmet_need(
+    kind: str,
+    *,
+    net: FeatureNet | None,
+    real: RealImages | None,
+    clip: ClipScore | None,
+    lpips: Lpips | None,
+    asked: str,
+    n: int,
+) -> Need | None:
+    """The first need of a kind of metric that is not met, None when it can be computed.
+
+    Args:
+        kind: a name of `KINDS`.
+        net: the feature network.
+        real: real images.
+        clip: for CLIPScore.
+        lpips: for LPIPS.
+        asked: what the images were to show, the kind of `Conditions`.
+        n: number of images.
+    """
+    met: dict[Need, bool] = {
+        "net": net is not None,
+        "real": real is not None,
+        "moments": net is not None and n >= 2 * net.dim,
+        "samples": real is not None and real.features is not None,
+        "classes": hasattr(net, "logits_from_features") and asked == "labels",
+        "clip": clip is not None and asked == "prompts",
+        "lpips": lpips is not None,
+    }
+    return next((need for need in KINDS[kind].needs if not met[need]), None)

@@ -15,7 +15,7 @@ from .feature_files import features_of
 from .features import FeatureNet, load_feature_net, metric_name
 from .generate import ImageSet
 from .jackknife import Estimate, Jackknife, paired_difference
-from .metrics import KINDS, WHY_NOT, Need, Sample
+from .metrics import KINDS, WHY_NOT, Need, Sample, unmet_need
 from .options import BenchOptions
 from .paired import Lpips
 from .record import Difference, Floor, Metric, Paired, Worst
@@ -124,16 +124,15 @@ class Scorer:
 
     def unmet(self, kind: str) -> Need | None:
         """The first need of a kind of metric that is not met, None when it can be computed."""
-        met: dict[Need, bool] = {
-            "net": self.net is not None,
-            "real": self.real is not None,
-            "moments": self.net is not None and self.n >= 2 * self.net.dim,
-            "samples": self.real is not None and self.real.features is not None,
-            "classes": hasattr(self.net, "logits_from_features") and self.conditions.kind == "labels",
-            "clip": self.clip is not None and self.conditions.kind == "prompts",
-            "lpips": self.lpips is not None,
-        }
-        return next((need for need in KINDS[kind].needs if not met[need]), None)
+        return unmet_need(
+            kind,
+            net=self.net,
+            real=self.real,
+            clip=self.clip,
+            lpips=self.lpips,
+            asked=self.conditions.kind,
+            n=self.n,
+        )
 
     def kinds(self) -> list[str]:
         """The kinds of metrics that will be computed.

@@ -148,7 +148,7 @@ def _cache(setting: Setting, options: CacheOptions, progress: Callable[..., None
     net = load_feature_net(name, options.net_path, download=options.download) if name else None
     judges = Judges(
         net=net,
-        real=demo_images(net).stats if net and net.name == "fashion-features" and is_demo(options.pipe) else None,
+        real=demo_images(net) if net and net.name == "fashion-features" and is_demo(options.pipe) else None,
         lpips=Lpips(options.lpips_path) if options.lpips_path else None,
     )
     found = search_cache(

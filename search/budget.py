@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..eval.clipscore import ClipScore
 from ..eval.distances import frechet_jackknife
 from ..eval.features import FeatureNet, FeatureStats
 from ..eval.jackknife import BLOCKS, Estimate, block_slices, mean_estimate, paired_difference
 from ..eval.paired import Lpips, feature_distance, psnr
 from ..eval.quantise import to_uint8
+from ..eval.reference import RealImages
 from ..samplers.errors import InputError, unknown_name
 
 Relation = Literal["<=", ">="]
@@ -27,13 +29,15 @@ class Judges:
 
     Attributes:
         net: a feature network.
-        real: statistics of real images by that network.
+        real: real images as that network sees them.
         lpips: LPIPS with its backbone.
+        clip: a CLIP for CLIPScore.
     """
 
     net: FeatureNet | None = None
-    real: FeatureStats | None = None
+    real: RealImages | None = None
     lpips: Lpips | None = None
+    clip: ClipScore | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,10 @@ def _lpips(samples: Tensor, others: Tensor, judges: Judges) -> Estimate:
 
 def _frechet(samples: Tensor, others: Tensor, judges: Judges) -> Estimate:
     """How much farther from the real images the samples are than the others."""
-    net, real = judges.net, judges.real
+    net = judges.net
     assert net is not None
-    assert real is not None
+    assert judges.real is not None
+    real = judges.real.stats
     if len(samples) < 2 * net.dim:
         raise InputError(f"a Fréchet distance needs n of at least {2 * net.dim}; got {len(samples)}; raise --n")
     cuts = block_slices(len(samples), BLOCKS)

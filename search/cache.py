@@ -7,8 +7,7 @@ seeds confirm it, or send it down.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +21,7 @@ from ..samplers import (
     InputError,
     ModuleRows,
     Plan,
-    PlanWarning,
     TunedFor,
-    attach,
     denoisers,
     fingerprint,
 )
@@ -32,6 +29,7 @@ from ..samplers.registry import Registry
 from ..samplers.stats import Counter
 from .budget import Budget, Judges
 from .cache_costs import Sample
+from .runs import batches, running
 
 Call = Callable[[Sequence[int]], dict[str, Any]]
 """From the numbers of some samples to the arguments of a call for them, seeds included."""
@@ -206,27 +204,12 @@ class _Bench:
 
     def run(self, plan: Plan, numbers: range) -> tuple[Tensor, dict[str, ModuleRows]]:
         """Samples of a plan, (n, ...) float on the CPU, images with channels first; and what its caches did."""
-        found, counter = [], Counter()
-        with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(self.pipe, plan) as handle:
-            for batch in _batches(numbers, self.batch_size):
-                output = self.pipe(**({"output_type": "np"} | self.call(batch)))
-                found.append(_samples(output))
-                assert handle.stats is not None
-                counter.add(handle.stats)
+        counter = Counter()
+        with running(self.pipe, plan, counter.add) as run:
+            found = [run(self.call(batch), batch[0]).samples for batch in batches(numbers, self.batch_size)]
         self.trajectories += len(numbers) / self.n
         self.progress(round(self.trajectories), MOST_RUNS)
         return torch.cat(found), counter.modules
-
-
-def _batches(numbers: range, size: int) -> Iterator[list[int]]:
-    for first in range(numbers.start, numbers.stop, size):
-        yield list(range(first, min(first + size, numbers.stop)))
-
-
-def _samples(output: Any) -> Tensor:
-    """What a pipeline returned, (B, ...) float64 on the CPU; pictures (B, H, W, C) as (B, C, H, W)."""
-    samples = torch.as_tensor(output[0]).float().cpu()
-    return samples.permute(0, 3, 1, 2) if samples.ndim == 4 and samples.shape[-1] in (1, 3) else samples
 
 
 def _share_skipped(modules: Mapping[str, ModuleRows], by_name: Mapping[str, nn.Module]) -> float:
