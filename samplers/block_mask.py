@@ -9,7 +9,7 @@ from torch import nn
 
 from .cache import CACHES
 from .errors import InputError
-from .mask import MaskPart, Table, Target, is_block, targets_in
+from .mask import RowsPart, Target, check_targets, is_block, targets_in
 
 
 def uniform_mask(steps: int, every: int, targets: tuple[Target, ...] = ("block",), order: int = 0) -> BlockMask:
@@ -31,7 +31,7 @@ def uniform_mask(steps: int, every: int, targets: tuple[Target, ...] = ("block",
 
 
 @CACHES.register("block-mask")
-class BlockMask(MaskPart):
+class BlockMask(RowsPart):
     """Computes a module where the table has a 1, and goes on from its last values where it has a 0.
 
     The modules of a network are counted in the order in which it holds them: block after block, and within a block
@@ -43,30 +43,17 @@ class BlockMask(MaskPart):
     """
 
     type: Literal["block-mask"] = "block-mask"
-    rows: tuple[str, ...] = Field(
-        min_length=1,
-        description="For each timestep of the scheduler a 1 or 0 for each module, or a single one for all of them.",
-    )
     targets: tuple[Target, ...] = Field(default=("block",), min_length=1, description="Kinds of modules in the table.")
     reuse: Literal["residual", "output"] = Field(default="residual", description="What is kept of whole blocks.")
     order: int = Field(default=0, ge=0, le=2, description="Degree of the forecast; 0 reuses the last value.")
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        for index, row in enumerate(self.rows):
-            if not row or set(row) - {"0", "1"}:
-                raise ValueError(f"row {index} of a block mask is made of 0 and 1; got {row!r}")
-            if len(row) != len(self.rows[0]):
-                raise ValueError(
-                    f"row {index} of a block mask has {len(row)} modules and row 0 has {len(self.rows[0])}; give each "
-                    "as many"
-                )
         if "0" in self.rows[0]:
             raise ValueError(
                 f"the first row of a block mask computes everything, for there is nothing to reuse; got {self.rows[0]}"
             )
-        if len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"the targets of a block mask are different kinds; got {', '.join(self.targets)}")
+        check_targets("block mask", self.targets)
         return self
 
     @classmethod
@@ -79,10 +66,6 @@ class BlockMask(MaskPart):
         part = uniform_mask(steps, every=2)
         part.modules(pipe)
         return part
-
-    def table(self) -> Table:
-        """The rows as truth values."""
-        return [[entry == "1" for entry in row] for row in self.rows]
 
     def forecasts(self) -> int:
         """The order."""

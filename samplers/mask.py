@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .cache import CachePart
@@ -88,16 +89,56 @@ class MaskPart(CachePart):
             )
         return tuple(names)
 
-    def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
-        """The hook of one call: each network has its modules in the order of the table."""
+    def entries(self, modules: Iterable[str]) -> dict[str, tuple[bool, ...]]:
+        """Of each module, by component, a dot, and name, whether it computes at each timestep."""
         table = self.table()
         assert table is not None
-        computes = {
+        return {
             name: tuple(row[column if len(row) > 1 else 0] for row in table)
             for name, column in columns(modules).items()
         }
+
+    def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
+        """The hook of one call: each network has its modules in the order of the table."""
+        computes = self.entries(modules)
         residual = frozenset(name for name in modules if self.residual(name))
         return MaskHook(self.type, modules, computes, run.scheduler, self.forecasts(), residual)
+
+
+class RowsPart(MaskPart):
+    """A cache whose table is written as text."""
+
+    rows: tuple[str, ...] = Field(
+        min_length=1,
+        description="For each timestep of the scheduler a 1 or 0 for each module, or a single one for all of them.",
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        what = self.type.replace("-", " ")
+        for index, row in enumerate(self.rows):
+            if not row or set(row) - {"0", "1"}:
+                raise ValueError(f"row {index} of a {what} is made of 0 and 1; got {row!r}")
+            if len(row) != len(self.rows[0]):
+                raise ValueError(
+                    f"row {index} of a {what} has {len(row)} modules and row 0 has {len(self.rows[0])}; give each "
+                    "as many"
+                )
+        return self
+
+    def table(self) -> Table:
+        """The rows as truth values."""
+        return [[entry == "1" for entry in row] for row in self.rows]
+
+
+def check_targets(part: str, targets: Sequence[str]) -> None:
+    """Refuses a kind of modules that is named twice.
+
+    Raises:
+        ValueError: when one is.
+    """
+    if len(set(targets)) != len(targets):
+        raise ValueError(f"the targets of a {part} are different kinds; got {', '.join(targets)}")
 
 
 def columns(modules: Iterable[str]) -> dict[str, int]:

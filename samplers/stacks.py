@@ -161,6 +161,11 @@ def with_arguments(
     return positional, {name: changes.get(name, value) for name, value in kwargs.items()}
 
 
+def main_input(inputs: Mapping[str, Tensor]) -> str | None:
+    """Which of the tensors that a block takes is the stream that it works on; None when it takes none."""
+    return "hidden_states" if "hidden_states" in inputs else next(iter(inputs), None)
+
+
 def streams_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Streams:
     """Which outputs of a block continue which of its inputs.
 
@@ -182,7 +187,7 @@ def streams_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     if not isinstance(outputs, tuple | list):
         raise InputError(f"{kind} returns {type(output).__name__}; a block returns a tensor or a tuple of them")
     tensors = {position: value for position, value in enumerate(outputs) if isinstance(value, Tensor)}
-    main = "hidden_states" if "hidden_states" in inputs else next(iter(inputs), None)
+    main = main_input(inputs)
     if isinstance(output, Tensor) and main is not None:
         streams: Streams = ((main, 0),)
     else:
@@ -194,6 +199,29 @@ def streams_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         given = [tuple(value.shape) for value in tensors.values()]
         raise InputError(f"{kind} turns {shapes} into {given}; fewstep cannot tell which output continues which input")
     return streams
+
+
+@functools.lru_cache(maxsize=256)
+def returned_forms(function: Any) -> frozenset[tuple[str, ...] | None]:
+    """What a function returns, in each of its return statements: of a tuple the names in it, else None.
+
+    What has no name in a tuple is called by the empty string; nothing is known where there is no source.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    found: set[tuple[str, ...] | None] = set()
+    left: list[ast.AST] = list(ast.iter_child_nodes(tree.body[0]))
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Return):
+            items = node.value.elts if isinstance(node.value, ast.Tuple) else None
+            names = (item.id if isinstance(item, ast.Name) else "" for item in items or ())
+            found.add(None if items is None else tuple(names))
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            left.extend(ast.iter_child_nodes(node))
+    return frozenset(found)
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:
@@ -243,19 +271,10 @@ def _of_tuple(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[
     return ()
 
 
-@functools.lru_cache(maxsize=256)
 def _returned_names(cls: Any) -> tuple[str, ...]:
     """Names of the variables in the tuple that a forward returns, where it returns one tuple of names."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    returned = {
-        tuple(item.id if isinstance(item, ast.Name) else "" for item in node.value.elts)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)
-    }
-    return returned.pop() if len(returned) == 1 else ()
+    tuples = [form for form in returned_forms(cls.forward) if form is not None]
+    return tuples[0] if len(tuples) == 1 else ()
 
 
 def _registered(cls: type[nn.Module]) -> Streams:

@@ -29,6 +29,7 @@ from fewstep.samplers import (
     attach,
 )
 from fewstep.samplers.host_kinds import KINDS
+from fewstep.samplers.layer_skip import LayerSkip
 from fewstep.samplers.network import output_rows
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "support.md"
@@ -65,9 +66,9 @@ COMPUTES_ALL: dict[str, dict[str, Any]] = {
 HEAD = f"""# Caches and families of pipelines
 
 Made by `python tests/support_matrix.py`, and compared by a test. Each mark is a tiny pipeline of random weights that
-ran {STEPS} steps with the cache: something was reused, two branches of guidance stayed two in every step, and where the
-cache has a setting that computes everything, that gave the plain result bit for bit. A number is the note below the
-table that says why the cache is refused. `fewstep doctor` says it of a pipeline of yours.
+ran {STEPS} steps with the cache: something was reused or left out, two branches of guidance stayed two in every step,
+and where the cache has a setting that computes everything, that gave the plain result bit for bit. A number is the note
+below the table that says why the cache is refused. `fewstep doctor` says it of a pipeline of yours.
 
 """
 
@@ -102,6 +103,7 @@ COLUMNS: dict[str, Column] = {
     "block-mask": Column((BlockMask.suggest,), lambda steps: BlockMask(rows=("1",) * steps)),
     "cross-attention-freeze": Column((CrossAttentionFreeze.suggest,), lambda steps: CrossAttentionFreeze(after=steps)),
     "gate": Column((lambda pipe, steps: _checked(Gate(threshold=1e3), pipe),), lambda steps: Gate(threshold=0.0)),
+    "layer-skip": Column((LayerSkip.suggest,), lambda steps: LayerSkip(rows=("1",) * steps)),
     "router": Column((Router.suggest,), lambda steps: Router(probabilities=((1.0,),) * steps)),
     "step-rehash": Column((StepRehash.suggest,), lambda steps: StepRehash(changes=(1.0,) * (steps - 1), budget=steps)),
     "unet-deep": Column((UNetDeep.suggest,), lambda steps: UNetDeep(interval=1)),
