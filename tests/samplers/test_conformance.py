@@ -44,6 +44,7 @@ from fewstep.samplers import (
     attach,
 )
 from fewstep.samplers.explicit import EXPLICIT
+from fewstep.samplers.layer_skip import LayerSkip
 from fewstep.samplers.part import Slot
 from fewstep.samplers.testing import ExplicitGridConformance, PartConformance, slot_of
 
@@ -128,6 +129,8 @@ CASES = [
         call=THREE,
         pipe=tiny_blocks,
     ),
+    Case(LayerSkip(rows=("011", "110", "101")), call=THREE, pipe=tiny_blocks),
+    Case(LayerSkip(rows=("0", "1", "1"), targets=("attention",)), call=THREE, pipe=tiny_stable_diffusion),
     Case(Router(probabilities=((1.0, 1.0), (0.05, 0.9), (0.9, 0.1))), call=THREE),
     Case(StepRehash(changes=(0.2, 0.1), threshold=0.15), call=THREE),
     Case(Gate(threshold=0.4, max_skips=2), call=FIVE, pipe=tiny_blocks),
