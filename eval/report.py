@@ -16,6 +16,7 @@ from .pictures import Picture, find_pictures
 from .plots import ParetoPlot, Point, pareto_svg
 from .report_csv import write_csv
 from .report_runs import Bench, Latency, Run, Timing, load_bench, metric_family
+from .svg import Drawing
 from .verdict import (
     EQUAL_LATENCY,
     Control,
@@ -94,14 +95,6 @@ class ControlRow:
     control_score: str
     control_cost: str
     difference: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One Pareto plot in two shapes, for wide and for narrow pages."""
-
-    wide: Markup
-    narrow: Markup
 
 
 def write_report(out: Path) -> Path:
@@ -197,7 +190,7 @@ def _shares(timing: Timing) -> tuple[tuple[str, float], ...]:
     return tuple((part.removesuffix("_s"), 100 * value / total) for part, value in parts) if total else ()
 
 
-def _figures(bench: Bench) -> list[Figure]:
+def _figures(bench: Bench) -> list[Drawing]:
     """Quality against latency where it was measured, and against network evaluations."""
     metric = bench.primary
     if metric is None:
@@ -224,7 +217,7 @@ def _scaled(latency: Latency, factor: float) -> Spread:
 
 def _figure(
     bench: Bench, metric: str, rows: Sequence[tuple[int, Run]], costs: Mapping[str, Spread], x_label: str
-) -> Figure:
+) -> Drawing:
     """Labels are names where there is room, and the numbers of the tables on a narrow page."""
     higher = rows[0][1].metrics[metric].higher_is_better
     band = bench.reference.metrics.get(metric) if bench.reference else None
@@ -250,7 +243,7 @@ def _figure(
         prefix = f"{'wide' if named else 'narrow'}-{'nfe' if 'evaluations' in x_label else 'latency'}"
         return Markup(pareto_svg(plot, width, height, title, prefix))
 
-    return Figure(draw(True, 600, 440), draw(False, 358, 340))
+    return Drawing(draw(True, 600, 440), draw(False, 358, 340))
 
 
 def _control_rows(bench: Bench) -> list[ControlRow]:

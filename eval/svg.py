@@ -6,10 +6,11 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-from markupsafe import escape
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -29,6 +30,14 @@ FG, MUTED, LINE, PLAN, BASELINE, BAND, GREY, BACKGROUND = INK
 
 FONT_PX = 12
 MARKER_PX = 8.0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture in two shapes, for wide and for narrow pages."""
+
+    wide: Markup
+    narrow: Markup
 
 
 @contextmanager
