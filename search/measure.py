@@ -135,6 +135,7 @@ class Measurer:
         self._teacher = _Held(teacher) if teacher is not None else None
         self._plans: OrderedDict[str, _Held] = OrderedDict()
         self._conditions: dict[int, Conditions] = {}
+        self._teacher_at: dict[int, Measured] = {}
         self._check_teacher()
         for n in objective.rungs:
             self._check_needs(n)
@@ -151,13 +152,15 @@ class Measurer:
         return self._judged(self._grown(self._held(plan), n), n, teacher)
 
     def measure_teacher(self, n: int) -> Measured:
-        """The teacher on the first n samples, without what compares with itself.
+        """The teacher on the first n samples, without what compares with itself; judged once for each n.
 
         Raises:
             InputError: when there is none, or it cannot be measured.
         """
         self._check_needs(n)
-        return self._judged(self._grown_teacher(n), n, None)
+        if n not in self._teacher_at:
+            self._teacher_at[n] = self._judged(self._grown_teacher(n), n, None)
+        return self._teacher_at[n]
 
     def _check_teacher(self) -> None:
         if self._teacher is not None:

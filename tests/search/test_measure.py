@@ -157,6 +157,7 @@ def test_the_teacher_beside_itself_costs_nothing_and_differs_by_nothing():
     assert itself.values["relative_error"].value == itself.values["feature_distance"].value == 0
     teacher = found.measure_teacher(8)
     assert set(teacher.values) == {"fd"}
+    assert found.measure_teacher(8) is teacher
     assert teacher.values["fd"] == itself.values["fd"]
     assert found.spent == 8 * 5
 
