@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from optuna.trial import BaseTrial
@@ -101,12 +103,18 @@ class SolverAxis:
     def of(cls, pipe: Any, base: Plan) -> SolverAxis:
         """The axis of the solvers that run explicit grids on a pipeline, from `VARIANCE_PRESERVING` or `FLOW`.
 
+        Solvers begin and end with lower orders, so that one of order 3 is one of order 2 in fewer than 5 steps; it is
+        left out there.
+
         Raises:
             InputError: when none does.
         """
         process = prepared(pipe, base.model_copy(update={"grid": None})).process
         known = FLOW if isinstance(process.schedule, FlowSchedule) else VARIANCE_PRESERVING
-        choices = tuple((name, solver) for name, part in known if (solver := _suited(pipe, part, process)) is not None)
+        highest = 3 if base.nominal_steps is None or base.nominal_steps >= 5 else 2
+        reached = [(name, part) for name, part in known if part.config.get("solver_order", 1) in range(1, highest + 1)]
+        suited = ((name, _suited(pipe, part, process)) for name, part in reached)
+        choices = tuple((name, part) for name, part in suited if part is not None)
         if not choices:
             raise InputError(
                 f"no solver that the solver axis knows samples with {type(pipe.scheduler).__name__}'s noise levels and "
@@ -128,15 +136,19 @@ class SolverAxis:
             InputError: when it is not one of the choices.
         """
         wanted = _options(self.pipe, plan)
-        for name, part in self.choices:
-            if _options(self.pipe, Plan(solver=part)) == wanted:
+        for name, options in self._known.items():
+            if options == wanted:
                 return {f"{self.name}.name": name}
         scheduler = wanted[0]
         config = getattr(plan.solver, "config", {})
         raise InputError(
             f"the plan's solver {scheduler} with {config} is not among the choices of the {self.name} axis: "
-            f"{', '.join(name for name, _ in self.choices)}"
+            f"{', '.join(self._known)}"
         )
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        return {name: _options(self.pipe, Plan(solver=part)) for name, part in self.choices}
 
 
 def _suited(pipe: Any, part: DiffusersSolver, process: Process) -> DiffusersSolver | None:
@@ -144,7 +156,8 @@ def _suited(pipe: Any, part: DiffusersSolver, process: Process) -> DiffusersSolv
     middle = sum(process.time_range) / 2
     try:
         run = prepared(pipe, Plan(solver=part))
-        own = {option: False for option in WARPS if run.scheduler.config.get(option)}
+        known = inspect.signature(type(run.scheduler).__init__).parameters
+        own = {option: False for option in WARPS if option in known and run.scheduler.config.get(option)}
         if "clip_sample" in run.scheduler.config and "clip_sample" not in pipe.scheduler.config:
             own["clip_sample"] = False  # which DDIM does by default, and the pipeline's scheduler does not
         part = part.model_copy(update={"config": part.config | own})
