@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fewstep.search.study import Outcome, StudySetting, finished_trials, run_stu
 from fewstep.search.study_storage import study_url
 
 SPACINGS = ("leading", "linspace", "trailing")
-STEPS = 12
+STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class GuidanceAxis:
 
 
 SMALL = Space(Plan(), (GridAxis(),))
-"36 plans."
+"24 plans."
 
 WIDE = Space(Plan(), (GridAxis(steps=30), GuidanceAxis()))
 "A continuum."
@@ -100,8 +101,8 @@ def measured(log, what="begun"):
 
 
 def setting_of(folder, trials, **changes):
-    own = {"name": "toy", "key": {"space": {"axes": ["grid"], "steps": STEPS}}, "seed": 3}
-    return StudySetting(study_url(folder), trials=trials, **(own | changes))
+    own = {"storage": study_url(folder), "name": "toy", "key": {"space": {"axes": ["grid"], "steps": STEPS}}, "seed": 3}
+    return StudySetting(trials=trials, **(own | changes))
 
 
 def told(study):
@@ -116,3 +117,18 @@ def start_worker(*arguments):
     process = multiprocessing.get_context("fork").Process(target=run_study, args=arguments)
     process.start()
     return process
+
+
+def shares(log):
+    """How many measurements each of some processes began."""
+    return Counter(line.split(",")[1] for line in log.read_text().splitlines() if "begun" in line)
+
+
+def check_shared(log, study, trials):
+    """Nothing was measured twice, both workers had their share, and there are as many trials as asked for."""
+    assert len(measured(log)) == len(set(measured(log))) == trials
+    assert len(finished_trials(study)) == trials
+    assert all(trial.state.is_finished() for trial in study.trials)
+    by_process = shares(log)
+    assert len(by_process) == 2
+    assert min(by_process.values()) >= 2
