@@ -16,11 +16,12 @@ from .space import plan_key
 
 State = Literal["complete", "pruned", "failed"]
 
-AnyPlan = Annotated[Plan, PlainValidator(lambda value: _as_plan(value)), PlainSerializer(Plan.to_json)]
-
 
 def _as_plan(value: Any) -> Plan:
     return value if isinstance(value, Plan) else Plan.from_json(value)
+
+
+AnyPlan = Annotated[Plan, PlainValidator(_as_plan), PlainSerializer(Plan.to_json)]
 
 
 @dataclass(frozen=True)

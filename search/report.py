@@ -28,6 +28,8 @@ from .report_plots import (
     rungs,
 )
 
+MINUS = "\N{MINUS SIGN}"
+
 MAX_DRAWN = 12
 "Candidates of the front in a picture that has a line for each."
 MAX_REASONS = 12
@@ -121,15 +123,15 @@ def _row(found: Found, candidate: Candidate, others: Sequence[str], costs: Seque
     kind = "found" if candidate is found.best else "teacher" if candidate is found.teacher else ""
     if not kind:
         kind = "baseline" if any(candidate is other for other in found.baselines) else "candidate"
-    shown = candidate.fresh or candidate.at_search
-    both = (candidate.at_search, candidate.fresh)
+    seen, fresh = candidate.at_search, candidate.fresh
+    shown = fresh or seen
     return Row(
         title=candidate.title,
         trial=str(candidate.order) if candidate.order >= 0 else "",
         kind=kind,
-        at_search=_cell(candidate.at_search),
-        fresh=_cell(candidate.fresh),
-        change=_change(found, *both) if both[0] and both[1] else None,
+        at_search=_cell(seen),
+        fresh=_cell(fresh),
+        change=_change(found, seen, fresh) if seen and fresh else None,
         gap=_gap(found, candidate),
         paired=candidate.gap is not None,
         others=tuple(_estimate(shown.others[name]) if shown and name in shown.others else None for name in others),
@@ -198,9 +200,10 @@ def _settings(found: Found) -> list[tuple[str, str]]:
 
 
 def _range(found: Found, name: str) -> range | None:
-    value = found.settings.get(name)
-    whole = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(end, int) for end in value)
-    return range(*value) if whole else None
+    match found.settings.get(name):
+        case [int(first), int(end)]:
+            return range(first, end)
+    return None
 
 
 def _verdict(found: Found) -> Markup:
@@ -227,9 +230,6 @@ def _verdict(found: Found) -> Markup:
         *(_against(found, other) for other in (_nearest(found), found.teacher)),
     ]
     return Markup(" ").join(sentence for sentence in sentences if sentence)
-
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def _nearest(found: Found) -> Candidate | None:

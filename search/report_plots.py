@@ -153,7 +153,7 @@ def grids_drawing(found: Found, rows: Sequence[Candidate]) -> Drawing | None:
 
     def draw(axes: Axes, width: int) -> None:
         _name_rows(axes, found, rows, width)
-        axes.set_xlabel("log-SNR: noise on the left, image on the right", color=MUTED, fontsize=FONT_PX)
+        axes.set_xlabel("log-SNR (noise to image)", color=MUTED, fontsize=FONT_PX)
         values = [value for row in rows for value in row.log_snrs]
         margin = 0.04 * (max(values) - min(values)) or 1.0
         axes.set_xlim(min(values) - margin, max(values) + margin)
