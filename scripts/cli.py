@@ -14,7 +14,7 @@ from .bench_command import bench_parser, run_bench_command
 from .doctor_command import doctor_parser, run_doctor_command
 from .plans_command import add_plans_actions, plans_parser, run_plans_command
 from .sample_command import run_sample_command, sample_parser
-from .search_command import add_search_actions, run_search_command, search_parser
+from .search_command import add_search_actions, run_search_command, search_parser, with_action
 
 PROGRAM = "fewstep"
 
@@ -42,7 +42,7 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand("doctor", doctor_parser(), help="what will run on a pipeline, what will not, and why")
     commands.add_subcommand("sample", sample_parser(), help="make a grid of images with a plan")
     search = search_parser()
-    commands.add_subcommand("search", search, help="fit a part of a plan to a pipeline")
+    commands.add_subcommand("search", search, help="find a plan for a pipeline, or fit a part of one")
     add_search_actions(search)
     plans = plans_parser()
     commands.add_subcommand("plans", plans, help="list, show and validate plans")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def command() -> int | None:
-        parsed = make_parser().parse_args(given)
+        parsed = make_parser().parse_args(with_action(given))
         return COMMANDS[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
 
     return exit_status(PROGRAM, command, "stopped; the same command continues where it stopped")

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
-from torch import Tensor
 
-from ..eval.assets import is_demo, load_pipeline
-from ..eval.bench import process_state
 from ..eval.commandline import options_parser, read_options
-from ..eval.conditions import Conditions, conditions_for
-from ..eval.features import load_feature_net
-from ..eval.options import pipeline_arguments
-from ..eval.paired import Lpips
 from ..eval.progress import meter
-from ..eval.reference import demo_images
 from ..eval.scorers import SCORERS
-from ..samplers import DiffusersSolver, Plan, SpacingGrid, denoisers
+from ..samplers import Plan, SpacingGrid, denoisers
 from ..samplers.analytic_init import AnalyticInit, estimate_start_statistics
 from ..samplers.build_knowledge import build_knowledge_base
 from ..samplers.errors import InputError
 from ..samplers.escalate import Escalate, calibrate_escalation
-from ..samplers.recording import clean_samples
 from ..samplers.redi import ReDi
 from ..search.adaptive import RewardRule, search_adaptive
 from ..search.aligner import fit_aligner
-from ..search.budget import Budget, Judges
+from ..search.budget import Budget
 from ..search.cache import FRESH, search_cache
 from ..search.router import HARMONICA, LEARNING_TO_CACHE, RouterTraining, train_router
+from .plan_search_command import search_for_plan
 from .search_options import (
     ACTIONS,
     AdaptiveOptions,
     AlignerOptions,
     CacheOptions,
     EscalateOptions,
-    FitOptions,
     KnowledgeOptions,
+    PlanOptions,
     RouterOptions,
     StartOptions,
 )
-
-BATCH = 32
+from .search_setting import BATCH, Setting, judges_of
 
 
 def search_parser() -> ArgumentParser:
     """The parser of ``fewstep search``, still without its actions."""
-    return ArgumentParser(description="Fit a part of a plan to a pipeline.", exit_on_error=False)
+    return ArgumentParser(description="Find a plan for a pipeline, or fit a part of one.", exit_on_error=False)
 
 
 def add_search_actions(parser: ArgumentParser) -> None:
@@ -64,16 +51,18 @@ def add_search_actions(parser: ArgumentParser) -> None:
 def run_search_command(parsed: Namespace, command: str) -> None:
     """Runs the chosen search and writes its plan, complete or not at all."""
     options = read_options(ACTIONS[parsed.action][0], parsed[parsed.action])
-    setting = Setting.of(options)
+    setting = Setting.of(options, command)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with meter(setting.console, shown=True) as bar:
         bar.doing(parsed.action)
         shown = 0
 
-        def progress(done: int, total: int, loss: float | None = None) -> None:
+        def progress(done: int, total: int, note: float | str | None = None) -> None:
             nonlocal shown
             if not shown:
                 bar.expect(total)
+            if isinstance(note, str):
+                bar.doing(note)
             bar.advance(done - shown)
             shown = done
 
@@ -82,49 +71,11 @@ def run_search_command(parsed: Namespace, command: str) -> None:
     setting.console.print(str(options.out), highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every search works with."""
-
-    pipe: Any
-    plan: Plan
-    conditions: Conditions
-    call_kwargs: dict[str, Any]
-    seed: int
-    console: Console
-
-    @classmethod
-    def of(cls, options: FitOptions) -> Setting:
-        """Loads the pipeline and the plan of the options."""
-        plan = Plan.load(options.plan) if options.plan else Plan()
-        device = options.device or str(process_state(None).device)
-        pipe = load_pipeline(options.pipe, dtype=options.dtype, device=device, download=options.download)
-        conditions = conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
-        call_kwargs = pipeline_arguments(pipe, options.call_kwargs)
-        return cls(pipe, plan, conditions, call_kwargs, options.seed, Console())
-
-    def call(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a call for some samples, by number, seeds included."""
-        generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        return self.conditions.inputs(numbers) | self.call_kwargs | {"generator": generators}
-
-    def samples(self, n: int, teacher: Path | None, guidance: Any) -> Tensor:
-        """Clean samples (n, ...) as the network sees them, made by a teacher's plan."""
-        plan = Plan.load(teacher) if teacher else _fifty_steps(guidance)
-        return torch.cat([x.cpu() for x in clean_samples(self.pipe, plan, self.calls(n))])
-
-    def calls(self, n: int) -> Iterator[dict[str, Any]]:
-        """Arguments of the calls for samples 0 to n - 1, a batch each."""
-        for first in range(0, n, BATCH):
-            yield self.call(range(first, min(first + BATCH, n))) | {"output_type": "np"}
-
-
-def _fifty_steps(guidance: Any) -> Plan:
-    solver = DiffusersSolver(scheduler="DDIMScheduler")
-    return Plan(solver=solver, grid=SpacingGrid(steps=50, spacing="trailing"), guidance=guidance)
-
-
 Run = Callable[[Setting, Any, Callable[..., None]], Plan]
+
+
+def _plan(setting: Setting, options: PlanOptions, progress: Callable[..., None]) -> Plan:
+    return search_for_plan(setting, options, progress)
 
 
 def _aligner(setting: Setting, options: AlignerOptions, progress: Callable[..., None]) -> Plan:
@@ -144,13 +95,6 @@ def _aligner(setting: Setting, options: AlignerOptions, progress: Callable[..., 
 
 
 def _cache(setting: Setting, options: CacheOptions, progress: Callable[..., None]) -> Plan:
-    name = options.net or ("fashion-features" if is_demo(options.pipe) else None)
-    net = load_feature_net(name, options.net_path, download=options.download) if name else None
-    judges = Judges(
-        net=net,
-        real=demo_images(net) if net and net.name == "fashion-features" and is_demo(options.pipe) else None,
-        lpips=Lpips(options.lpips_path) if options.lpips_path else None,
-    )
     found = search_cache(
         setting.pipe,
         setting.plan,
@@ -158,7 +102,7 @@ def _cache(setting: Setting, options: CacheOptions, progress: Callable[..., None
         Budget.parse(options.budget),
         setting.call,
         options.n,
-        judges=judges,
+        judges=judges_of(options),
         batch_size=BATCH,
         seeds=(options.seed + FRESH, options.seed + FRESH + options.n),
         progress=progress,
@@ -242,6 +186,7 @@ def _knowledge(setting: Setting, options: KnowledgeOptions, progress: Callable[.
 
 
 RUN: dict[str, Run] = {
+    "plan": _plan,
     "aligner": _aligner,
     "cache": _cache,
     "router": _router,
@@ -250,3 +195,11 @@ RUN: dict[str, Run] = {
     "start": _start,
     "knowledge": _knowledge,
 }
+
+
+def with_action(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, with the action ``plan`` where ``search`` is followed by a flag or by nothing."""
+    words = list(arguments)
+    if words[:1] == ["search"] and (len(words) == 1 or (words[1].startswith("-") and words[1] not in ("-h", "--help"))):
+        words.insert(1, "plan")
+    return words

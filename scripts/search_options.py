@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from ..eval.assets import Dtype
 from ..eval.commandline import Flag
-from ..samplers.errors import InputError
-from ..search import LADDERS
+from ..samplers.errors import InputError, unknown_name
+from ..search import LADDERS, OPTUNA_SAMPLERS, PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,56 @@ class KnowledgeOptions(FitOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions(FitOptions):
+class NetOptions(FitOptions):
+    """The flags of a search that judges images."""
+
+    net: Annotated[str | None, Flag("Feature network that judges; default: the demo's own.")] = None
+    net_path: Annotated[Path | None, Flag("Its weights, where they do not ship.")] = None
+    lpips_path: Annotated[Path | None, Flag("AlexNet weights (safetensors) for lpips.", "FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(NetOptions):
+    """The flags of ``fewstep search plan``, which is also what ``fewstep search`` does without an action."""
+
+    n: Annotated[int, Flag("Samples that decide between candidates; a quarter of them stops the worse ones.")] = 1024
+    steps: Annotated[int | None, Flag("Number of steps of the plan to find; default: those of --plan.", "STEPS")] = None
+    preset: Annotated[str, Flag(f"What the other flags default to: {', '.join(PRESETS)}.", "PRESET")] = "fast"
+    objective: Annotated[
+        str | None, Flag("Quality; default: fd where there are real images, else relative_error.", "QUALITY")
+    ] = None
+    cost: Annotated[str | None, Flag("Second objective, for a front: nfe, flops or latency_s.", "COST")] = None
+    limits: Annotated[tuple[str, ...], Flag("What plans must keep to: nfe<=10, fd<=1.02*teacher.", "LIMIT")] = ()
+    space: Annotated[str | None, Flag("What varies, separated by commas: grid,solver,cache ...", "AXES")] = None
+    trials: Annotated[int | None, Flag("Distinct plans to measure.")] = None
+    sampler: Annotated[
+        str | None, Flag(f"Who proposes candidates: {', '.join(OPTUNA_SAMPLERS.names())}.", "SAMPLER")
+    ] = None
+    starts: Annotated[tuple[Path, ...], Flag("Plans to begin with.", "PLAN")] = ()
+    also: Annotated[tuple[str, ...], Flag("Further qualities to measure.", "QUALITY")] = ()
+    teacher: Annotated[Path | None, Flag("Plan to compare with; default: the demo's, or 50 steps.", "FILE")] = None
+    study: Annotated[Path | None, Flag("Folder of the search, to go on with; default: beside --out.", "DIR")] = None
+    storage: Annotated[str | None, Flag("Database instead, for workers on several machines.", "URL")] = None
+    search_seed: Annotated[int, Flag("Seed of the proposals.")] = 0
+    confirm: Annotated[int, Flag("How many of the best are measured again on fresh samples.")] = 5
+    fresh_n: Annotated[int, Flag("Fresh samples for that, and others for the evidence.")] = 2048
+    batch_size: Annotated[int, Flag("Samples per call.")] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise unknown_name("preset", self.preset, PRESETS)
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps must be at least 1; got {self.steps}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the study and the report are."""
+        return self.study or self.out.with_suffix(".search")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(NetOptions):
     """The flags of ``fewstep search cache``."""
 
     n: Annotated[int, Flag("Samples to choose on, and as many fresh ones to confirm.")] = 32
@@ -105,9 +154,6 @@ class CacheOptions(FitOptions):
     budget: Annotated[
         str, Flag("How far the samples may be from those without the cache: psnr>=30, lpips<=0.05, fd<=0.2.", "LIMIT")
     ] = "psnr>=30"
-    net: Annotated[str | None, Flag("Feature network of feature_distance and fd; default: the demo's own.")] = None
-    net_path: Annotated[Path | None, Flag("Its weights, where they do not ship.")] = None
-    lpips_path: Annotated[Path | None, Flag("AlexNet weights (safetensors) for lpips.", "FILE")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +169,7 @@ class RouterOptions(FitOptions):
 
 
 ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
+    "plan": (PlanOptions, "find steps, solver and more; what is done without an action"),
     "aligner": (AlignerOptions, "fit the times that the network is told"),
     "cache": (CacheOptions, "find how much a cache may reuse within a budget of quality"),
     "router": (RouterOptions, "learn which attentions and MLPs of a transformer compute at which step"),

@@ -36,6 +36,7 @@ class Judge:
         n: images per row.
         seed: of the first image.
         batch_size: images per call.
+        stats: file of the real images' statistics; None for those that the demo is scored with.
     """
 
     pipe: str
@@ -43,6 +44,7 @@ class Judge:
     n: int
     seed: int
     batch_size: int = 64
+    stats: Path | None = None
 
     @cached_property
     def _pipe(self) -> Any:
@@ -58,7 +60,9 @@ class Judge:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        options = BenchOptions(pipe=self.pipe, out=self.out, n=self.n, seed=self.seed, device="cpu")
+        options = BenchOptions(
+            pipe=self.pipe, out=self.out, n=self.n, seed=self.seed, device="cpu", reference_stats=self.stats
+        )
         scorer = Scorer.from_options(options, self._conditions, "cpu")
         kinds = [kind for kind in KINDS if scorer.unmet(kind) is None]
         return dataclasses.replace(scorer, wanted=tuple(scorer.name(kind) for kind in kinds))
@@ -71,7 +75,8 @@ class Judge:
         """
         parsed = Plan.load(plan) if isinstance(plan, Path) else Plan.from_json({"fewstep_plan": 1} | plan)
         config = sampling_config(self._pipe, self.pipe, parsed, self._conditions, {}, self.seed, self._components)
-        path = self.out / "rows" / f"{config.hash}-{self.n}.json"
+        against = f"-{self.stats.stem}" if self.stats else ""
+        path = self.out / "rows" / f"{config.hash}-{self.n}{against}.json"
         if path.is_file():
             return dict(read_json(path))
         seeds = range(self.seed, self.seed + self.n)

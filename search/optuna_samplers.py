@@ -1,0 +1,63 @@
+"""Optuna's samplers as a search uses them, by name: who proposes the next candidate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from ..samplers import Plan
+from ..samplers.registry import Registry
+from .evolution import EvolutionSampler
+
+MakeSampler = Callable[[int, Plan, "Constraints | None"], BaseSampler]
+"""From a seed, the plan that the search begins with and how violated limits are read to a sampler."""
+
+Constraints = Callable[[FrozenTrial], tuple[float, ...]]
+
+OPTUNA_SAMPLERS: Registry[MakeSampler] = Registry("sampler of a search")
+
+STARTUP = 8
+"Random candidates before a model of the loss is made."
+
+
+@OPTUNA_SAMPLERS.register("tpe")
+def tree_parzen(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
+    """Tree-structured Parzen estimators over all parameters together (arXiv:2304.11127)."""
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=STARTUP,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            constraints_func=constraints,
+        )
+
+
+@OPTUNA_SAMPLERS.register("gp")
+def gaussian_process(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
+    """Gaussian processes with expected improvement: the best in tens of candidates, slow in many hundreds."""
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, constraints_func=constraints)
+
+
+@OPTUNA_SAMPLERS.register("nsga2")
+def non_dominated_sorting(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
+    """NSGA-II (Deb et al. 2002), for two objectives."""
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=24, constraints_func=constraints)
+
+
+@OPTUNA_SAMPLERS.register("evolution")
+def evolution(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
+    """AutoDiffusion's evolution (arXiv:2309.10438), see `EvolutionSampler`."""
+    return EvolutionSampler(steps=base.nominal_steps or 1, seed=seed)
+
+
+@OPTUNA_SAMPLERS.register("random")
+def independent(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
+    """Uniform in the space: what the others must beat."""
+    return optuna.samplers.RandomSampler(seed=seed)

@@ -1,0 +1,120 @@
+"""Searches that are ready to run, and the plans that they begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from ..samplers import DiffusersSolver, InputError, Plan, RuleGrid, SpacingGrid
+from ..samplers.part import Part
+from .axes.solver import SolverAxis
+from .cache import Call
+from .grid_paths import suggest_grids
+from .space import Space
+
+BUILT_IN: tuple[Callable[[int], Part], ...] = (
+    lambda steps: SpacingGrid(steps=steps, spacing="leading"),
+    lambda steps: RuleGrid(rule="karras", steps=steps),
+)
+"Grids that diffusers has, of a number of steps."
+
+FAVOURITES = ("unipc-2", "sa-solver", "dpmpp-2m", "euler")
+"Solvers of the axis that are tried on every grid to begin with, as far as they suit the pipeline."
+
+SUGGESTED = 3
+"Grids that the teacher's trajectory suggests."
+
+RECORDED = 32
+"Samples of the teacher's trajectory."
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a search is run with unless it is told otherwise.
+
+    Attributes:
+        space: names of axes; one that a pipeline has no use for is left out where ``optional`` says so.
+        optional: axes that are left out where they cannot work.
+        trials: distinct plans to measure.
+        sampler: a name of `OPTUNA_SAMPLERS`; None leaves it to the number of objectives.
+        suggests: whether the search begins with grids from the teacher's trajectory, and diffusers' own.
+    """
+
+    space: tuple[str, ...]
+    optional: tuple[str, ...]
+    trials: int
+    sampler: str | None
+    suggests: bool
+
+
+PRESETS: dict[str, Preset] = {
+    "fast": Preset(("grid", "solver", "correction", "guidance"), ("solver", "correction", "guidance"), 64, None, True),
+    "autodiffusion": Preset(("grid-index",), (), 750, "evolution", False),
+    "autodiffusion-layers": Preset(("grid-index", "layers"), (), 750, "evolution", False),
+}
+"""``fast`` is ours. ``autodiffusion`` is the evolution of arXiv:2309.10438 over steps alone, and with ``-layers`` over
+the layers of each step too."""
+
+
+def preset_space(pipe: Any, base: Plan, preset: Preset) -> Space:
+    """The space of a preset on a pipeline.
+
+    Raises:
+        InputError: when an axis that is not optional cannot work.
+    """
+    axes = []
+    for name in preset.space:
+        try:
+            axes += Space.of(pipe, base, [name]).axes
+        except InputError:
+            if name not in preset.optional:
+                raise
+    return Space(base, tuple(axes))
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Plans that a search begins with, and the network rows that it took to find them."""
+
+    plans: tuple[Plan, ...]
+    rows: int = 0
+
+
+def suggested_starts(pipe: Any, space: Space, call: Call, steps: int) -> Beginning:
+    """Every grid that diffusers has and that the teacher's trajectory suggests, with every favourite solver.
+
+    Args:
+        pipe: the pipeline.
+        space: of the search; its solver axis says which solvers there are.
+        call: from numbers of samples to the arguments of a call for them.
+        steps: of the grids.
+    """
+    solvers = list(_solvers(space))
+    grids: list[Part] = [make(steps) for make in BUILT_IN]
+    rows = 0
+    for solver in solvers:
+        base = space.base.model_copy(update={"solver": solver} if solver else {})
+        try:
+            found = suggest_grids(pipe, base, call, steps=steps, n=RECORDED)
+        except InputError:
+            continue
+        grids += [path.grid for path in found.paths[:SUGGESTED]]
+        rows += found.rows
+        break
+    plans = (_with(space.base, grid, solver) for grid, solver in product(grids, solvers))
+    return Beginning(tuple(dict.fromkeys(plans)), rows)
+
+
+def _solvers(space: Space) -> Iterator[DiffusersSolver | None]:
+    axis = next((axis for axis in space.axes if isinstance(axis, SolverAxis)), None)
+    if axis is None:
+        yield None
+        return
+    choices = dict(axis.choices)
+    yield from (choices[name] for name in FAVOURITES if name in choices)
+
+
+def _with(base: Plan, grid: Part, solver: DiffusersSolver | None) -> Plan:
+    return base.model_copy(update={"grid": grid} | ({"solver": solver} if solver else {}))
