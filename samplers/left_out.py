@@ -7,7 +7,7 @@ added then. What a layer returns is read from its code: it need not have run bef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -47,7 +47,7 @@ def stand_ins(network: nn.Module, kinds: Sequence[Layer]) -> dict[str, StandIn]:
     """
     if isinstance(getattr(network, "up_blocks", None), nn.ModuleList):
         return _in_unet(network, kinds)
-    targets: list[Target] = [kind for kind in kinds if kind in get_args(Target)]
+    targets: list[Target] = [kind for kind in kinds if kind != "resnet"]
     if not targets:
         raise InputError(f"{type(network).__name__} is no U-Net, and has no {' or '.join(kinds)}")
     names, mlps = targets_in(network, targets), sublayers(network)["mlp"]
@@ -122,7 +122,8 @@ def _in_unet(network: nn.Module, kinds: Sequence[Layer]) -> dict[str, StandIn]:
         f"{level}.{name}": stand_in
         for level, block in _levels(network)
         for kind in kinds
-        for name, stand_in in _UNET_KINDS.get(kind, lambda _: {})(block).items()
+        if kind in _UNET_KINDS
+        for name, stand_in in _UNET_KINDS[kind](block).items()
     }
     if not found:
         raise InputError(

@@ -178,7 +178,8 @@ def _split(plan: Plan) -> tuple[LayerSkip | None, tuple[CachePart, ...]]:
     own = [part for part in plan.caches if isinstance(part, LayerSkip)]
     if len(own) > 1:
         raise InputError(f"the plan has {len(own)} layer skips; join them in one to search it")
-    return own[0] if own else None, tuple(part for part in plan.caches if not isinstance(part, LayerSkip))
+    caches = (part for part in plan.caches if isinstance(part, CachePart))
+    return own[0] if own else None, tuple(part for part in caches if not isinstance(part, LayerSkip))
 
 
 AXES.register("layers")(LayersAxis.of)
