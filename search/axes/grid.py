@@ -64,8 +64,8 @@ class GridAxis:
     def of(cls, pipe: Any, base: Plan) -> GridAxis:
         """The axis of a plan's number of steps, with ranges that hold the grids in use.
 
-        The noisiest time is at least 0.4 of the range, so that an early start is possible, and the cleanest one at
-        most 0.2 or, of few steps, 1/steps of it, which is where a ``trailing`` grid ends.
+        The noisiest time is at least 0.4 of the range of times, so that an early start is possible, and the cleanest
+        one at most 0.2 of it or where a ``trailing`` grid of so few steps ends, shifted as the process is.
 
         Raises:
             InputError: when the plan has no grid, its solver runs no explicit one, or time runs towards data.
@@ -76,13 +76,13 @@ class GridAxis:
         if noisiest <= cleanest:
             raise InputError("time runs towards data on this scheduler (invert_sigmas=True); it has no explicit grids")
         counted = isinstance(process.schedule, TableSchedule | FlowSchedule)
-        resolution = 1.0 if counted else (noisiest - cleanest) / 1000
         span = noisiest - cleanest
+        resolution = 1.0 if counted else span / 1000
         low = cleanest if isinstance(process.schedule, TableSchedule) else cleanest + resolution
-        ends = cleanest + span * (0.4 if steps == 1 else max(0.4, 1 / steps + 0.05)), noisiest
-        last = low, cleanest + span * (0.2 if steps == 1 else max(0.2, 1 / steps))
-        axis = cls(pipe, process, steps, ends, last, resolution)
-        prepared(pipe, base.model_copy(update={"grid": axis._grid([axis._position(end) for end in ends[:1]])}))
+        high = 0.2 if steps == 1 else min(max(0.2, (_trailing_end(process, steps) - cleanest) / span), 0.9)
+        first = cleanest + span * (0.4 if steps == 1 else max(0.4, high + 0.05))
+        axis = cls(pipe, process, steps, (first, noisiest), (low, cleanest + span * high), resolution)
+        prepared(pipe, base.model_copy(update={"grid": axis._grid([axis._position(first)])}))
         return axis
 
     def suggest(self, trial: BaseTrial, plan: Plan) -> Plan:
@@ -137,6 +137,14 @@ class GridAxis:
     def _log_snr(self, time: float) -> float:
         """Log-SNR, of the noisiest time that of half a resolution below, for its own may be infinite."""
         return float(self.process.log_snr(min(time, self.process.time_range.noisiest - self.resolution / 2)))
+
+
+def _trailing_end(process: Process, steps: int) -> float:
+    """The cleanest time of a grid that is even from the noisiest time on; of an unknown shift, with one of 3."""
+    schedule = process.schedule
+    if isinstance(schedule, FlowSchedule) and schedule.shift is None:
+        process = process.with_shift(3.0)
+    return float(process.from_uniform(1 / steps))
 
 
 AXES.register("grid")(GridAxis.of)
