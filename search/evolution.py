@@ -220,7 +220,7 @@ class Breed:
         if epoch and (place < setting.mutants or len(parents) < 2):
             return lambda: self.mutant(self.draw.choice(parents), setting.mutation, share)
         if epoch and place < setting.mutants + setting.crossovers:
-            return lambda: self.crossover(*self.draw.sample(parents, 2), share)
+            return lambda: self.crossover(*self._pair(parents), share)
         return lambda: self.random(share)
 
     def random(self, share: tuple[float, float]) -> Candidate:
@@ -304,6 +304,10 @@ class Breed:
 
     def _chance(self, probability: float) -> bool:
         return self.draw.random() < probability
+
+    def _pair(self, parents: Sequence[Candidate]) -> tuple[Candidate, Candidate]:
+        first, second = self.draw.sample(parents, 2)
+        return first, second
 
     def _none(self) -> tuple[frozenset[str], ...]:
         return (frozenset(),) * len(self.genes.modules)

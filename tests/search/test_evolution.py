@@ -7,10 +7,14 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from tiny import tiny_unet
 
-from fewstep.samplers import InputError
+from fewstep.samplers import DiffusersSolver, InputError, Plan, SpacingGrid
+from fewstep.search.axes.grid_index import GridIndexAxis
+from fewstep.search.axes.layers import LayersAxis
 from fewstep.search.evolution import Breed, Evolution, EvolutionSampler, skip_range
 from fewstep.search.genes import Candidate, Genes, uniform_times
+from fewstep.search.space import Space, plan_key
 
 STEPS, TRAIN = 5, 1000
 MODULES = [f"blocks.{k}.{part}" for k in range(4) for part in ("attn", "mlp")]
@@ -319,6 +323,27 @@ def test_starts_take_places_of_the_first_epoch_and_the_uniform_sequences_still_c
     assert sequences[0] == (3, 500, 20, 900, 100)
     assert sequences[1:3] == uniform_times(range(TRAIN), STEPS)
     assert (900, 500, 100, 20, 3) not in sequences
+
+
+def test_it_searches_the_space_of_steps_and_layers_without_a_plan_that_comes_twice():
+    base = Plan(solver=DiffusersSolver(scheduler="DDIMScheduler"), grid=SpacingGrid(steps=4))
+    pipe = tiny_unet()
+    space = Space(base, (GridIndexAxis.of(pipe, base), LayersAxis.of(pipe, base)))
+    study = optuna.create_study(sampler=EvolutionSampler(4, 0, SMALL))
+    plans = []
+    for _ in range(40):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        assert plan.grid.timesteps == tuple(trial.params[f"grid-index.{k}"] for k in range(4))
+        study.tell(trial, 1.0)
+        plans.append(plan)
+    assert len({plan_key(plan) for plan in plans}) == 40
+    assert not any(plan.caches for plan in plans[:20])
+    assert any(plan.caches for plan in plans[20:])
+    for plan, trial in zip(plans, study.trials, strict=True):
+        assert sum(row.count("0") for cache in plan.caches for row in cache.rows) == sum(
+            value for name, value in trial.params.items() if name.startswith("layers.")
+        )
 
 
 def test_settings_that_make_no_sense_are_refused():
