@@ -6,7 +6,7 @@ from .correction import CorrectionAxis
 from .grid import GridAxis
 from .grid_index import GridIndexAxis
 from .guidance import GuidanceAxis
-from .layers import LayersAxis
+from .layers import LayerListAxis, LayersAxis
 from .models import ModelsAxis
 from .solver import SolverAxis
 from .start import StartAxis
@@ -18,6 +18,7 @@ __all__ = [
     "GridAxis",
     "GridIndexAxis",
     "GuidanceAxis",
+    "LayerListAxis",
     "LayersAxis",
     "MaskAxis",
     "ModelsAxis",

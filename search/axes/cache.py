@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from optuna.trial import BaseTrial
 from ...samplers import BlockMask, InputError, Part, Plan, UNetDeep, denoisers
 from ...samplers.mask import Target
 from ...samplers.unet_cut import cut_unet
-from ..space import AXES, MakeAxis
+from ..space import AXES
 from .steps import steps_of
 
 Kind = TypeVar("Kind", bound=Part)
@@ -218,7 +219,7 @@ def _of(pipe: Any, base: Plan) -> MaskAxis | DeepAxis:
         InputError: when it can have neither.
     """
     reasons = []
-    makers: tuple[MakeAxis, ...] = (MaskAxis.of, DeepAxis.of)
+    makers: tuple[Callable[[Any, Plan], MaskAxis | DeepAxis], ...] = (MaskAxis.of, DeepAxis.of)
     for make in makers:
         try:
             return make(pipe, base)

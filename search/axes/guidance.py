@@ -127,12 +127,14 @@ class GuidanceAxis:
 
         Ends that are off narrow the window first, so that the line is one between the scales that are written.
         """
-        on = [index for index in range(start, stop) if _on_line(first, last, start, stop, index) >= 1 + self.off]
+        window = start, stop
+        on = [index for index in range(*window) if _on_line(first, last, *window, index) >= 1 + self.off]
         if not on:
             return (1.0,) * (self.steps or 1)
-        ends = [rounded(_on_line(first, last, start, stop, index), 2) for index in (on[0], on[-1])]
+        start, stop = on[0], on[-1] + 1
+        first, last = (rounded(_on_line(first, last, *window, end), 2) for end in (start, stop - 1))
         return tuple(
-            rounded(_on_line(*ends, on[0], on[-1] + 1, index), 2) if on[0] <= index <= on[-1] else 1.0
+            rounded(_on_line(first, last, start, stop, index), 2) if start <= index < stop else 1.0
             for index in range(self.steps or 1)
         )
 

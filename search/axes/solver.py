@@ -15,7 +15,7 @@ from ...samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, Process
 from ...samplers.explicit_base import WARPS
 from ...samplers.schedules import FlowSchedule
 from ..space import AXES
-from .steps import prepared
+from .steps import call_options, prepared
 
 Choices = tuple[tuple[str, DiffusersSolver], ...]
 "Solvers by the names that trials know them by."
@@ -66,15 +66,14 @@ UniPC's bh1 ends at the smallest noise level, for its coefficient of a step to c
 noise between timesteps 200 and 800, from the generators of the call.
 """
 
+_ON_FLOW: dict[str, bool | int | float | str | list[float] | None] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+
 FLOW: Choices = (
     *_made("FlowMatchEulerDiscreteScheduler", {"euler": {}}),
-    *(
-        (name, part.model_copy(update={"config": part.config | {"use_flow_sigmas": True}}))
-        for name, part in (
-            (name, part.model_copy(update={"config": part.config | {"prediction_type": "flow_prediction"}}))
-            for name, part in MULTISTEP
-        )
-    ),
+    *((name, DiffusersSolver(scheduler=part.scheduler, config=part.config | _ON_FLOW)) for name, part in MULTISTEP),
 )
 """Solvers of flow matching with one evaluation a step. DEIS and SA-Solver stop at the last listed time there, with
 noise left in the sample."""
@@ -152,7 +151,7 @@ class SolverAxis:
 
 
 def _suited(pipe: Any, part: DiffusersSolver, process: Process) -> DiffusersSolver | None:
-    """The solver with no grid of its own, or None where it has other noise levels or runs no explicit grid."""
+    """The solver with no grid of its own, or None where it has other noise levels or the pipeline cannot run it."""
     middle = sum(process.time_range) / 2
     try:
         run = prepared(pipe, Plan(solver=part))
@@ -163,6 +162,9 @@ def _suited(pipe: Any, part: DiffusersSolver, process: Process) -> DiffusersSolv
         part = part.model_copy(update={"config": part.config | own})
         run = prepared(pipe, Plan(solver=part, grid=ExplicitGrid(timesteps=(middle,))))
     except InputError:
+        return None
+    hands_sigmas = pipe.scheduler.config.get("use_dynamic_shifting") and "sigmas" in call_options(pipe)
+    if hands_sigmas and "sigmas" not in inspect.signature(type(run.scheduler).set_timesteps).parameters:
         return None
     same = math.isclose(float(run.process.log_snr(middle)), float(process.log_snr(middle)), abs_tol=1e-4)
     return part if same and run.process.prediction == process.prediction else None

@@ -62,7 +62,7 @@ MADE = ("cache", "conditioning", "correction", "grid", "grid-index", "guidance",
 CASES = [
     *((axis, pipe, PLAIN) for axis in MADE for pipe in ("dit", "stable-diffusion", "sd3", "wan")),
     *((axis, "unet", PLAIN) for axis in MADE if not axis.startswith("guidance")),
-    *((axis, "qwen", PLAIN) for axis in ("guidance", "guidance-scale", "grid")),
+    *((axis, "qwen", PLAIN) for axis in ("guidance", "guidance-scale", "grid", "solver")),
     *(("start", pipe, STARTED) for pipe in ("unet", "dit", "sd3")),
     *(("models", pipe, SWITCHED) for pipe in ("unet", "dit", "sd3")),
 ]
@@ -128,7 +128,8 @@ class TestEveryAxis:
 
 
 def test_every_axis_is_tested():
-    assert set(AXES.names()) - {axis for axis, *_ in CASES} <= {"layers", "layer-list"}
+    elsewhere = {"layers", "layer-list"}  # test_axis_layers
+    assert set(AXES.names()) - elsewhere == {axis for axis, *_ in CASES}
 
 
 def test_axes_join_in_one_space():
@@ -207,6 +208,10 @@ class TestSolver:
         for pipes, known in ((("dit", "unet"), VARIANCE_PRESERVING), (("sd3", "wan"), FLOW)):
             for pipe in pipes:
                 assert SolverAxis.of(pipeline(pipe), Plan()).choices == known
+
+    def test_pipelines_that_hand_over_sigmas_run_schedulers_that_take_them(self):
+        names = [name for name, _ in SolverAxis.of(pipeline("qwen"), Plan()).choices]
+        assert names == ["euler", "unipc-2", "unipc-3"]
 
     def test_orders_that_few_steps_do_not_reach_are_left_out(self):
         names = [name for name, _ in SolverAxis.of(pipeline("unet"), PLAIN).choices]
