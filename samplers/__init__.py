@@ -24,6 +24,7 @@ from .guidance import ConstantGuidance
 from .guidance_schedule import GuidanceSchedule
 from .host_cache import HostCache
 from .knowledge import KnowledgeBase
+from .layer_skip import LayerSkip
 from .model_switch import ModelSwitch
 from .network import Evaluation, denoisers
 from .part import Part, Run, Sampling
@@ -67,6 +68,7 @@ __all__ = [
     "HostCache",
     "InputError",
     "KnowledgeBase",
+    "LayerSkip",
     "Memory",
     "ModelSwitch",
     "ModuleRows",

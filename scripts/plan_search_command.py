@@ -95,5 +95,6 @@ def _objective(options: PlanOptions, judges: Judges) -> Objective:
     quality = options.objective or ("fd" if judges.real is not None else "relative_error")
     least = 2 * judges.net.dim if quality == "fd" and judges.net is not None else 8
     first = max(options.n // 4, least)
-    rungs = (first, options.n) if options.cost is None and first < options.n else (options.n,)
+    stops = PRESETS[options.preset].stops_early and options.cost is None and first < options.n
+    rungs = (first, options.n) if stops else (options.n,)
     return Objective(quality, options.cost, tuple(map(Limit.parse, options.limits)), rungs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -27,7 +28,7 @@ STARTUP = 8
 @OPTUNA_SAMPLERS.register("tpe")
 def tree_parzen(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
     """Tree-structured Parzen estimators over all parameters together (arXiv:2304.11127)."""
-    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+    with _quiet():
         return optuna.samplers.TPESampler(
             seed=seed,
             n_startup_trials=STARTUP,
@@ -41,23 +42,33 @@ def tree_parzen(seed: int, base: Plan, constraints: Constraints | None) -> BaseS
 @OPTUNA_SAMPLERS.register("gp")
 def gaussian_process(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
     """Gaussian processes with expected improvement: the best in tens of candidates, slow in many hundreds."""
-    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+    with _quiet():
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, constraints_func=constraints)
 
 
 @OPTUNA_SAMPLERS.register("nsga2")
 def non_dominated_sorting(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
     """NSGA-II (Deb et al. 2002), for two objectives."""
-    return optuna.samplers.NSGAIISampler(seed=seed, population_size=24, constraints_func=constraints)
+    with _quiet():
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=24, constraints_func=constraints)
 
 
 @OPTUNA_SAMPLERS.register("evolution")
 def evolution(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
     """AutoDiffusion's evolution (arXiv:2309.10438), see `EvolutionSampler`."""
-    return EvolutionSampler(steps=base.nominal_steps or 1, seed=seed)
+    return EvolutionSampler(steps=base.nominal_steps or 1, seed=seed, constraints=constraints)
 
 
 @OPTUNA_SAMPLERS.register("random")
 def independent(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
     """Uniform in the space: what the others must beat."""
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back that samplers are experimental, and that optuna 5 has another way to say constraints than optuna 4."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -247,7 +247,7 @@ class _Job:
         notes: dict[str, Any] = {SPENT: measurer.spent - spent, SECONDS: time.monotonic() - began}
         if failed is not None or measured is None:
             return Outcome((), notes=notes, failed=failed)
-        values = (self.objective.loss(measured),)
+        values: tuple[float, ...] = (self.objective.loss(measured),)
         if self.objective.cost is not None:
             values += (measured.costs[self.objective.cost],)
         broken = violations(self.objective, measured, measurer)
@@ -270,13 +270,16 @@ class _Job:
             return Candidate(index, plan, dict(trial.params), "failed", reason=str(failed))
         measured = read(trial.user_attrs[MEASURED], plan)
         complete = trial.state == TrialState.COMPLETE
-        return replace(
-            self.placed(Candidate(index, plan, dict(trial.params))),
-            state="complete" if complete else "pruned",
+        found = Candidate(
+            index,
+            plan,
+            dict(trial.params),
+            "complete" if complete else "pruned",
             at_search=scored(measured, self.objective.quality),
             holds=all(violation <= 0 for violation in _violations_of(trial)),
             reason=None if complete else f"stopped at {measured.n} samples",
         )
+        return self.placed(found)
 
     def placed(self, candidate: Candidate) -> Candidate:
         """A candidate with the times at which it evaluates the network, where its grid says them."""

@@ -12,7 +12,7 @@ from ..samplers.part import Part
 from .axes.solver import SolverAxis
 from .cache import Call
 from .grid_paths import suggest_grids
-from .space import Space
+from .space import Axis, Space
 
 BUILT_IN: tuple[Callable[[int], Part], ...] = (
     lambda steps: SpacingGrid(steps=steps, spacing="leading"),
@@ -40,6 +40,7 @@ class Preset:
         trials: distinct plans to measure.
         sampler: a name of `OPTUNA_SAMPLERS`; None leaves it to the number of objectives.
         suggests: whether the search begins with grids from the teacher's trajectory, and diffusers' own.
+        stops_early: whether candidates that are worse on few samples are measured on no more.
     """
 
     space: tuple[str, ...]
@@ -47,12 +48,15 @@ class Preset:
     trials: int
     sampler: str | None
     suggests: bool
+    stops_early: bool
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset(("grid", "solver", "correction", "guidance"), ("solver", "correction", "guidance"), 64, None, True),
-    "autodiffusion": Preset(("grid-index",), (), 750, "evolution", False),
-    "autodiffusion-layers": Preset(("grid-index", "layers"), (), 750, "evolution", False),
+    "fast": Preset(
+        ("grid", "solver", "correction", "guidance"), ("solver", "correction", "guidance"), 64, None, True, True
+    ),
+    "autodiffusion": Preset(("grid-index",), (), 750, "evolution", False, False),
+    "autodiffusion-layers": Preset(("grid-index", "layers"), (), 750, "evolution", False, False),
 }
 """``fast`` is ours. ``autodiffusion`` is the evolution of arXiv:2309.10438 over steps alone, and with ``-layers`` over
 the layers of each step too."""
@@ -64,7 +68,7 @@ def preset_space(pipe: Any, base: Plan, preset: Preset) -> Space:
     Raises:
         InputError: when an axis that is not optional cannot work.
     """
-    axes = []
+    axes: list[Axis] = []
     for name in preset.space:
         try:
             axes += Space.of(pipe, base, [name]).axes
