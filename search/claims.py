@@ -74,6 +74,7 @@ class Claims:
         storage: where the study is.
         study: the study.
         trials: how many finished trials are asked for.
+        seen: numbers of the trials of others that were running.
     """
 
     storage: RDBStorage
@@ -81,16 +82,20 @@ class Claims:
     trials: int
     seen: set[int] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.study_id = self.storage.get_study_id_from_name(self.study.study_name)
+
     def standing(self) -> Standing:
-        """How far the study is, the trials of dead workers failed."""
-        self._fail_dead()
+        """How far the study is, the trials of dead workers failed: those of this machine at once, others when stale."""
+        with quiet():
+            optuna.storages.fail_stale_trials(self.study)
         trials = self.study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
         finished = [trial for trial in trials if trial.state in FINISHED]
-        return Standing(finished, [trial for trial in trials if trial.state == TrialState.RUNNING])
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        return Standing(finished, [trial for trial in running if self._is_alive(trial)])
 
     def claim(self, proposal: Proposal) -> Claim:
         """Creates the trial of a plan; this worker measures it when the claim `holds`."""
-        study_id = self.storage.get_study_id_from_name(self.study.study_name)
         trial = create_trial(
             state=TrialState.RUNNING,
             params=dict(proposal.params),
@@ -98,26 +103,24 @@ class Claims:
             user_attrs={PLAN: proposal.key, WORKER: this_process()},
             system_attrs=dict(proposal.system_attrs),
         )
-        trial_id = self.storage.create_new_trial(study_id, template_trial=trial)
+        trial_id = self.storage.create_new_trial(self.study_id, template_trial=trial)
         return Claim(self, trial_id, self.storage.get_trial(trial_id).number, proposal.key)
 
-    def _fail_dead(self) -> None:
-        """Fails the trials of dead workers: those of this machine at once, others when their heartbeat is stale.
+    def _is_alive(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial may still have a worker; fails it when not.
 
         A worker can die before its first heartbeat, and a trial without one is never stale. So each trial gets one
         when it is first seen.
         """
-        with quiet():
-            optuna.storages.fail_stale_trials(self.study)
-        study_id = self.storage.get_study_id_from_name(self.study.study_name)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-            if is_dead(trial.user_attrs.get(WORKER)):
-                with suppress(UpdateFinishedTrialError):
-                    self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            elif trial.number not in self.seen:
-                self.storage.record_heartbeat(trial_id)
-                self.seen.add(trial.number)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
+        if is_dead(trial.user_attrs.get(WORKER)):
+            with suppress(UpdateFinishedTrialError):
+                self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            return False
+        if trial.number not in self.seen:
+            self.storage.record_heartbeat(trial_id)
+            self.seen.add(trial.number)
+        return True
 
 
 @dataclass

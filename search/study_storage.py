@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,14 +58,16 @@ def open_storage(url: str, heartbeat_s: int, grace_s: int) -> RDBStorage:
         arguments: dict[str, Any] = {"connect_args": {"timeout": LOCK_TIMEOUT_S}}
     else:
         arguments = {"pool_pre_ping": True}
-    template = parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     for pause in (*PAUSES_S, None):
         try:
             if parsed.get_backend_name() == "sqlite":
                 _prepare_file(parsed)
             with quiet():
                 return RDBStorage(
-                    template, engine_kwargs=arguments, heartbeat_interval=heartbeat_s, grace_period=grace_s
+                    _template(parsed),
+                    engine_kwargs=arguments,
+                    heartbeat_interval=heartbeat_s,
+                    grace_period=grace_s,
                 )
         except ImportError:
             raise InputError(
@@ -144,11 +147,27 @@ def _parsed(url: str) -> URL:
 
 
 def _prepare_file(url: URL) -> None:
-    """Makes the folder of an SQLite file, and lets its readers not wait for a writer."""
+    """Makes an SQLite file with all tables, whose readers do not wait for a writer.
+
+    It appears under its name when it is complete: tables that are made one by one would lack an index for good, and
+    with it the uniqueness of a study's name, if the worker were killed between the two.
+    """
     path = Path(str(url.database))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        with closing(sqlite3.connect(whole)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        RDBStorage(_template(url.set(database=str(whole)))).engine.dispose()
+        with suppress(FileExistsError):  # another worker was faster
+            path.hardlink_to(whole)
+
+
+def _template(url: URL) -> str:
+    """A URL as optuna's storage takes it, where braces mean something."""
+    return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager

@@ -101,6 +101,23 @@ def test_a_worker_goes_on_when_the_other_is_killed(tmp_path):
     assert [trial.state for trial in study.trials].count(TrialState.FAIL) == 1
 
 
+def test_a_file_appears_with_all_its_tables_or_not_at_all(tmp_path, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlalchemy.sql.ddl.SchemaGenerator.visit_index", killed)  # after the first table
+        with pytest.raises(KeyboardInterrupt):
+            claims_of(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+    claims_of(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        indices = connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()
+    assert ("ix_studies_study_name",) in indices
+
+
 def claims_of(folder, trials):
     setting = setting_of(folder, trials, heartbeat_s=1, grace_s=2)
     storage = open_storage(setting.storage, setting.heartbeat_s, setting.grace_s)
