@@ -67,13 +67,13 @@ class Judge:
         kinds = [kind for kind in KINDS if scorer.unmet(kind) is None]
         return dataclasses.replace(scorer, wanted=tuple(scorer.name(kind) for kind in kinds))
 
-    def row(self, plan: dict[str, Any] | Path) -> dict[str, Any]:
+    def row(self, plan: dict[str, Any] | Path | Plan) -> dict[str, Any]:
         """The scores of a plan: ``nfe``, and for each metric its value and error; replicates of the distance.
 
         Args:
-            plan: as JSON, without its version and name; or its file, where it has others beside it.
+            plan: the plan, its file, or its JSON without version and name.
         """
-        parsed = Plan.load(plan) if isinstance(plan, Path) else Plan.from_json({"fewstep_plan": 1} | plan)
+        parsed = _parsed(plan)
         config = sampling_config(self._pipe, self.pipe, parsed, self._conditions, {}, self.seed, self._components)
         against = f"-{self.stats.stem}" if self.stats else ""
         path = self.out / "rows" / f"{config.hash}-{self.n}{against}.json"
@@ -95,6 +95,12 @@ class Judge:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, row)
         return row
+
+
+def _parsed(plan: dict[str, Any] | Path | Plan) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    return Plan.load(plan) if isinstance(plan, Path) else Plan.from_json({"fewstep_plan": 1} | plan)
 
 
 def fd(row: dict[str, Any]) -> float:

@@ -1,15 +1,17 @@
 """``fewstep search`` on the demo: each search writes a plan that runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from fewstep.eval.assets import load_pipeline
+from fewstep.eval.assets import DEMO, load_pipeline
 from fewstep.eval.scorers import SCORERS
 from fewstep.samplers import Plan, attach
 from fewstep.samplers.errors import InputError
 from fewstep.scripts.cli import main
+from fewstep.search import Found
 
 DIT = "demo:fashion-dit"
 
@@ -53,6 +55,66 @@ def test_aligner(tmp_path, pipe, capsys):
     assert last == 1.0
     assert plan.conditioning.guidance == 1.5
     assert run(pipe, plan).nfe == 4
+
+
+def test_plan(tmp_path, pipe, capsys):
+    """Without an action it is the plan that is searched; the same command goes on, and files travel with the plan."""
+    teacher = plan_file(tmp_path / "teacher.json", grid=grid(4), guidance={"type": "constant", "scale": 1.5})
+    out = tmp_path / "found" / "two.json"
+    few = ["--n", "8", "--trials", "4", "--fresh_n", "8", "--confirm", "2", "--batch_size", "8"]
+    arguments = ["--pipe", DIT, "--steps", "2", "--objective", "relative_error", "--teacher", teacher, *few]
+    assert main(["search", *arguments, "--out", str(out)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    found = Found.load(out.with_suffix(".search") / "found.json")
+    plan = Plan.load(out)
+    assert plan == found.plan.model_copy(update={"name": "two"})
+    assert plan.nominal_steps == 2
+    assert {each.metric for each in plan.evidence} == {"relative_error"}
+    assert len(found.history) == 4
+    assert found.spent > 0
+    assert {candidate.title for candidate in found.baselines} == {"dpmpp-2m-2", "unipc-2"}
+    assert run(pipe, plan).nfe <= 4
+    assert main(["search", "plan", *arguments, "--out", str(out), "--trials", "5"]) == 0
+    again = Found.load(out.with_suffix(".search") / "found.json")
+    assert [candidate.plan for candidate in again.history[:4]] == [candidate.plan for candidate in found.history]
+
+
+def test_plan_copies_the_files_that_it_names(tmp_path):
+    statistics = demo_start()
+    start = {"type": "analytic-init", "file": "start.safetensors"}
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(statistics, tmp_path / "in" / "start.safetensors")
+    base = plan_file(tmp_path / "in" / "base.json", grid=grid(2), start=start)
+    out = tmp_path / "out" / "found.json"
+    few = ["--n", "4", "--trials", "2", "--fresh_n", "4", "--confirm", "1", "--objective", "relative_error"]
+    common = ["--pipe", "demo:fashion-unet", "--plan", base, "--teacher", base, "--space", "correction", *few]
+    assert main(["search", *common, "--preset", "autodiffusion", "--sampler", "random", "--out", str(out)]) == 0
+    assert (out.parent / "start.safetensors").read_bytes() == statistics.read_bytes()
+    assert Plan.load(out).start.file == "start.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--steps is needed, or a --plan with a grid"),
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--steps", "2", "--preset", "fastest"], "unknown preset 'fastest'; did you mean 'fast'?"),
+        (["--steps", "2", "--space", "gird"], "unknown axis of the space 'gird'; did you mean 'grid'?"),
+        (["--steps", "2", "--limits", "nfe>=2"], "good values of nfe are <= the limit"),
+        (["--steps", "2", "--n", "100"], "fd needs at least 256 images"),
+        (["--steps", "2", "--n", "256", "--sampler", "tpee"], "unknown sampler of a search 'tpee'"),
+    ],
+)
+def test_plan_searches_that_cannot_be(tmp_path, capsys, arguments, words):
+    out = ["--preset", "autodiffusion"] if "--preset" not in arguments else []
+    assert main(["search", "--pipe", DIT, *out, "--out", str(tmp_path / "plan.json"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
+
+
+def demo_start():
+    (file,) = DEMO.glob("plans/fashion-unet/*start.safetensors")
+    return file
 
 
 def test_cache(tmp_path, pipe, capsys):
