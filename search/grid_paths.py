@@ -39,7 +39,7 @@ class Weighting:
     """
 
     power: float = 1.0
-    exponent: float = 1.0
+    exponent: float = 2.0
 
     def factors(self, trajectories: Trajectories) -> Tensor:
         """Of errors in x at the fine times and the end, (N + 1,); 1 at the end."""
@@ -49,7 +49,10 @@ class Weighting:
         return (1 + (sigma / (alpha * size)) ** 2) ** (-self.power / 2) / alpha
 
 
-WEIGHTINGS = tuple(Weighting(power, exponent) for exponent in (2.0, 1.0) for power in (1.5, 1.0, 2.0, 0.5, 3.0))
+WEIGHTINGS = (
+    *(Weighting(power, 2.0) for power in (1.5, 0.5, 1.0, 1.25, 2.0, 0.75, 3.0)),
+    *(Weighting(power, 1.0) for power in (2.0, 1.5, 1.0, 0.5)),
+)
 "The family that is tried; which of them fits depends on the pipeline and on the metric."
 
 
