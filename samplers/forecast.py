@@ -17,8 +17,7 @@ def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
     TaylorSeer (arXiv:2503.06923) forecasts with a Taylor polynomial whose derivatives are finite differences of the
     last m + 1 values. Here the same differences stand in Newton's form, F[n] + (k - n) F[n, n'] + (k - n)(k - n')
     F[n, n', n''] + ..., which is exact where the values are a polynomial of degree m, also between uneven steps; both
-    agree up to order 1. It is summed in Lagrange's form, in float32 at the
-    least.
+    agree up to order 1. It is summed in Lagrange's form, in float32 at the least.
 
     Args:
         values: when each was computed, in steps of the scheduler, all different; and tensors in tuples, lists and
@@ -27,8 +26,7 @@ def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
     """
     if len(values) == 1:
         return values[0][1]
-    steps = [step for step, _ in values]
-    weights = [math.prod((position - other) / (step - other) for other in steps if other != step) for step in steps]
+    weights = weights_at([step for step, _ in values], position)
 
     def blend(*leaves: Any) -> Any:
         newest = leaves[0]
@@ -41,3 +39,8 @@ def forecast(values: Sequence[tuple[int, Any]], position: int) -> Any:
 
     trees = [tree for _, tree in values]
     return blend(*trees) if isinstance(trees[0], Tensor) else tree_map(blend, *trees)
+
+
+def weights_at(steps: Sequence[int], position: int) -> list[float]:
+    """The weights of values at ``steps``, all different, in what the polynomial through them is at ``position``."""
+    return [math.prod((position - other) / (step - other) for other in steps if other != step) for step in steps]

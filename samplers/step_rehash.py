@@ -24,7 +24,8 @@ class StepRehash(MaskPart):
     released code lacks it. Here the changes since the last computed step are added up, and a step computes when the
     sum would pass ``threshold``; or, with ``budget``, the threshold is the smallest at which no more than that many
     steps compute. The first step always does. In a step that does not, each block of a transformer adds to its streams
-    what it added last, and the blocks of a U-Net beneath its first level give what they gave last.
+    what it added last, and the blocks of a U-Net beneath its first level give what they gave last; with an ``order``
+    the polynomial in the step's position through the last 2 or 3 computed values goes on from there.
     """
 
     type: Literal["step-rehash"] = "step-rehash"
@@ -34,6 +35,7 @@ class StepRehash(MaskPart):
     )
     threshold: float | None = Field(default=None, ge=0, description="Largest sum of changes that is passed over.")
     budget: int | None = Field(default=None, ge=1, description="How many steps compute at most, in its place.")
+    order: int = Field(default=0, ge=0, le=2, description="Degree of the forecast; 0 reuses the last value.")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -61,6 +63,10 @@ class StepRehash(MaskPart):
         sums = {0.0} | {total for first in range(len(self.changes)) for total in accumulate(self.changes[first:])}
         tables = (_computed(self.changes, threshold) for threshold in sorted(sums))
         return next(table for table in tables if sum(computes for (computes,) in table) <= (self.budget or 1))
+
+    def forecasts(self) -> int:
+        """The order."""
+        return self.order
 
     def residual(self, name: str) -> bool:
         """True of the blocks of transformers."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .cache import CACHES, CachePart
 from .cache_call import CacheHook, Passing
 from .errors import InputError
+from .forecast import forecast
 from .network import Evaluation
 from .part import Run
 from .unet_cut import Cut, cut_unet
@@ -40,6 +41,10 @@ class UNetDeep(CachePart):
     FreeU and T2I-Adapters write into the features in place; with them copies are kept and the zeros take memory.
     ControlNets and IP-Adapters act on what runs. Compiled blocks stay compiled, skipped or not; where the cut goes
     through one, and in a U-Net that is compiled as a whole, the graph breaks at each module that can be skipped.
+
+    With an ``order`` the outer part runs on a forecast: the polynomial in the step's position through the last 2 or 3
+    tensors that were computed, as TaylorSeer (arXiv:2503.06923) does in transformers; until there are as many the order
+    is lower.
     """
 
     type: Literal["unet-deep"] = "unet-deep"
@@ -61,6 +66,7 @@ class UNetDeep(CachePart):
     layer: int | None = Field(
         default=0, ge=0, description="Layers of that level that run before the cut on the way down; null for all."
     )
+    order: int = Field(default=0, ge=0, le=2, description="Degree of the forecast; 0 reuses the last features.")
 
     @model_validator(mode="after")
     def _one_schedule(self) -> UNetDeep:
@@ -128,7 +134,7 @@ class UNetDeep(CachePart):
         """What the cache does in one call."""
         components = {name.split(".")[0] for name in modules}
         cuts = {name: cut_unet(getattr(run.pipe, name), self.depth, self.layer) for name in components}
-        return _Deep(modules, cuts, lambda first: self.chosen(len(run.scheduler.timesteps) - first))
+        return _Deep(modules, cuts, lambda first: self.chosen(len(run.scheduler.timesteps) - first), self.order)
 
 
 def quadratic_steps(steps: int, interval: int, center: float, power: float) -> list[int]:
@@ -176,9 +182,14 @@ class _Blank:
 
 class _Deep(CacheHook):
     def __init__(
-        self, modules: Mapping[str, nn.Module], cuts: Mapping[str, Cut], chosen: Callable[[int], frozenset[int]]
+        self,
+        modules: Mapping[str, nn.Module],
+        cuts: Mapping[str, Cut],
+        chosen: Callable[[int], frozenset[int]],
+        order: int,
     ) -> None:
         super().__init__(modules)
+        self.order = order
         self.choose = chosen
         self.chosen: frozenset[int] = frozenset()
         self.first: int | None = None
@@ -204,7 +215,8 @@ class _Deep(CacheHook):
         kept = self.computed.get((evaluation.component, evaluation.branch), -1)
         self.features = None
         if self.count not in self.chosen and kept >= last:
-            self.features = self.memory.recall("features", evaluation)
+            values = self.memory.recall("features", evaluation)
+            self.features = forecast(values, self.count) if values else None
         return proceed(evaluation)
 
     def pass_module(self, passing: Passing) -> Any:
@@ -227,7 +239,10 @@ class _Deep(CacheHook):
             )
             if name in self.gives:
                 self.giver[evaluation.component] = name
-                self.memory.keep("features", self._copied(output), evaluation)
+                older = self.memory.recall("features", evaluation) if self.order else None
+                earlier = [value for value in older or () if value[0] != self.count]
+                values = ((self.count, self._copied(output)), *earlier[: self.order])
+                self.memory.keep("features", values, evaluation)
                 self.computed[evaluation.component, evaluation.branch] = self.count
         return output
 

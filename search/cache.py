@@ -91,7 +91,7 @@ def search_cache(
     n: int,
     *,
     judges: Judges | None = None,
-    few: int = 16,
+    few: int = 8,
     batch_size: int = 16,
     seeds: tuple[int, int] | None = None,
     progress: Progress | None = None,
@@ -107,7 +107,7 @@ def search_cache(
             `FRESH` on to confirm.
         n: samples of each.
         judges: what the metric of the budget judges with.
-        few: samples on which the ladder is built, where a cache needs measurements for it.
+        few: most samples on which the ladder is built, where a cache needs measurements for it; a quarter of n at most.
         batch_size: samples in a call.
         seeds: of the fresh samples, for the evidence.
         progress: told how far it is.
@@ -121,7 +121,7 @@ def search_cache(
     if steps is None or steps < 2:
         raise InputError(f"a cache is calibrated for a number of steps, at least 2; got a plan with {steps}")
     bench = _Bench(pipe, plan, budget, call, n, judges, batch_size, progress or (lambda done, most: None))
-    rungs = LADDERS[cache](pipe, plan, steps, lambda plan: bench.run(plan, range(min(few, n)))[0])
+    rungs = LADDERS[cache](pipe, plan, steps, lambda plan: bench.run(plan, range(min(few, max(1, n // 4))))[0])
     found = _boldest(rungs, bench)
     chosen = _confirmed(rungs, found, bench, cache)
     network = next(iter(denoisers(pipe).values()))

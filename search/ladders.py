@@ -17,14 +17,17 @@ from ..samplers.mask import Target
 from ..samplers.step_rehash import StepRehash
 from ..samplers.unet_deep import UNetDeep
 from .cache import LADDERS
-from .cache_costs import Costs, Sample, cheapest_steps, measure_factors, measure_moves, worthwhile_steps
+from .cache_costs import Costs, Products, Sample, every_one, measure_factors, measure_products
+from .rungs import ORDERS, Make, Tries, ladder_of
+from .step_choice import worthwhile_steps
 
 __all__ = ["LADDERS"]
 
 THRESHOLDS = tuple(0.005 * 1.25**rung for rung in range(31))
 "Thresholds of gates, 0.005 to 4."
 
-MASK_RUNGS = 48
+MASK_RUNGS = 8
+"Prices of a parameter for which steps are chosen module by module."
 
 
 @LADDERS.register("gate")
@@ -49,82 +52,99 @@ def freeze_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence
 
 @LADDERS.register("step-rehash")
 def rehash_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[CachePart]:
-    """Whole steps of a transformer or a U-Net, chosen by dynamic programming over measured costs.
+    """Whole steps of a transformer or a U-Net, and the order of the forecast.
 
     The changes of the part are put so that the chosen steps compute, and no others.
     """
 
-    def of(chosen: Sequence[int]) -> StepRehash:
-        return StepRehash(changes=tuple(float(step in chosen) for step in range(1, steps)), threshold=0.5)
+    def make(chosen: Sequence[int], order: int) -> StepRehash:
+        changes = tuple(float(step in chosen) for step in range(1, steps))
+        return StepRehash(changes=changes, threshold=0.5, order=order)
 
-    part = of(range(steps))
-    moved = measure_moves(plan, part, lambda name: True, sample)
-    single = [of([step for step in range(steps) if step != skip]) for skip in range(steps)]
-    costs = Costs.from_measured(moved, measure_factors(plan, lambda step: single[step], moved, steps, sample))
-    together = Costs({"all": _summed(costs)})
-    found = cheapest_steps(together, "all", steps)
-    return tuple(of(found[count]) for count in sorted(found, reverse=True) if count < steps)
+    products = measure_products(plan, make(range(steps), 0), lambda name: True, steps, sample)
+    tries, costs = _measured(plan, make, products, steps, sample)
+    return ladder_of(tries.whole_steps(make, costs))
 
 
 @LADDERS.register("unet-deep")
 def deep_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[CachePart]:
-    """Fewer and fewer steps that run the whole U-Net, chosen by dynamic programming over measured costs."""
-    whole = UNetDeep(steps=tuple(range(steps)))
-    names = list(whole.modules(pipe))
-    moved = measure_moves(plan, whole, lambda name: name == names[-1], sample)
+    """Fewer and fewer steps that run the whole U-Net, and the order of the forecast."""
 
-    def single(step: int) -> CachePart:
-        return UNetDeep(steps=tuple(other for other in range(steps) if other != step))
+    def make(chosen: Sequence[int], order: int) -> UNetDeep:
+        return UNetDeep(steps=tuple(chosen), order=order)
 
-    costs = Costs.from_measured(moved, measure_factors(plan, single, moved, steps, sample))
-    found = cheapest_steps(costs, names[-1], steps)
-    return tuple(UNetDeep(steps=found[count]) for count in sorted(found, reverse=True) if count < steps)
+    whole = make(range(steps), 0)
+    last = list(whole.modules(pipe))[-1]
+    products = measure_products(plan, whole, lambda name: name == last, steps, sample)
+    tries, costs = _measured(plan, make, products, steps, sample)
+    return ladder_of(tries.whole_steps(make, costs))
 
 
 @LADDERS.register("block-mask")
 def mask_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[CachePart]:
-    """Tables of attentions and MLPs: for a rising price of parameters, the cheapest choice of steps for each module."""
+    """Tables of attentions and MLPs: whole steps; and for a rising price of parameters, the steps of each module.
+
+    Raises:
+        InputError: when several networks have blocks.
+    """
     targets: tuple[Target, ...] = ("attention", "cross-attention", "mlp")
-    part = BlockMask(rows=("1",) * steps, targets=targets)
-    modules = part.modules(pipe)
+
+    def make(chosen: Sequence[int], order: int) -> BlockMask:
+        return BlockMask(rows=tuple("01"[step in chosen] for step in range(steps)), targets=targets, order=order)
+
+    whole = make(range(steps), 0)
+    modules = whole.modules(pipe)
     if len({name.partition(".")[0] for name in modules}) > 1:
         raise InputError("a block mask is calibrated for pipelines of one network; use the gate")
-    moved = measure_moves(plan, part, lambda name: True, sample)
+    products = measure_products(plan, whole, lambda name: True, steps, sample)
+    tries, costs = _measured(plan, make, products, steps, sample)
+    by_module = {name: Costs(tables, costs.factors) for name, tables in products.items()}
+    sizes = {name: _size(modules[name]) for name in products}
+    rungs = tries.whole_steps(make, costs)
+    for table, order in dict.fromkeys(_by_module(by_module, sizes, price) for price in _prices(by_module, sizes)):
+        chosen = dict(zip(products, table, strict=True))
+        rows = tuple("".join("01"[step in chosen.get(name, ())] for name in modules) for step in range(steps))
+        share = sum(len(chosen[name]) * sizes[name] for name in products) / (steps * sum(sizes.values()))
+        if share < 1:
+            rungs.append(tries.rung(BlockMask(rows=rows, targets=targets, order=order), share))
+    return ladder_of(rungs)
+
+
+def _measured(plan: Plan, make: Make, products: Products, steps: int, sample: Sample) -> tuple[Tries, Costs]:
+    """What a choice of whole steps costs, and what tries it."""
 
     def single(step: int) -> CachePart:
-        return BlockMask(rows=tuple("0" if index == step else "1" for index in range(steps)), targets=targets)
+        return make([other for other in range(steps) if other != step], 0)
 
-    costs = Costs.from_measured(moved, measure_factors(plan, single, moved, steps, sample))
-    sizes = {name: _size(module) for name, module in modules.items()}
-    rungs: list[BlockMask] = []
-    for price in _prices(costs, sizes):
-        chosen = {name: worthwhile_steps(costs, name, steps, price * sizes[name]) for name in modules}
-        rows = tuple("".join("01"[step in chosen[name]] for name in modules) for step in range(steps))
-        if not rungs or rungs[-1].rows != rows:
-            rungs.append(BlockMask(rows=rows, targets=targets))
-    return tuple(rung for rung in rungs if any("0" in row for row in rung.rows))
+    plain, factors = measure_factors(plan, single, products, steps, sample)
+    return Tries(plan, plain, sample), Costs(every_one(products), factors)
 
 
 def _size(module: nn.Module) -> int:
     return max(1, sum(parameter.numel() for parameter in module.parameters()))
 
 
-def _prices(costs: Costs, sizes: dict[str, int]) -> list[float]:
+def _by_module(costs: dict[str, Costs], sizes: dict[str, int], price: float) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Of each module the steps that compute where a parameter costs ``price``, and the order that costs least."""
+    best = []
+    for order in ORDERS:
+        tables = tuple(worthwhile_steps(costs[name], order, price * sizes[name]) for name in costs)
+        paid = (
+            costs[name].apart(table, order) + price * sizes[name] * len(table)
+            for name, table in zip(costs, tables, strict=True)
+        )
+        best.append((sum(paid), tables, order))
+    _, tables, order = min(best)
+    return tables, order
+
+
+def _prices(costs: dict[str, Costs], sizes: dict[str, int]) -> list[float]:
     """Prices of a parameter, geometric, over the range of what the reuse of one costs in the next step."""
     single = [
-        gaps[1] / sizes[name] for name, steps in costs.of.items() for gaps in steps.values() if gaps.get(1, 0.0) > 0
+        cost / sizes[name]
+        for name, table in costs.items()
+        for step in range(1, table.steps)
+        if (cost := table.of(step, (step - 1,))) > 0
     ]
     low, high = math.log(min(single)), math.log(max(single) * 30)
     return [math.exp(low + (high - low) * rung / (MASK_RUNGS - 1)) for rung in range(MASK_RUNGS)]
-
-
-def _summed(costs: Costs) -> dict[int, dict[int, float]]:
-    """The costs of all modules together, where all were measured."""
-    tables = list(costs.of.values())
-    steps = set.intersection(*(set(table) for table in tables))
-    return {
-        step: {
-            gap: sum(table[step][gap] for table in tables) for gap in set.intersection(*(set(t[step]) for t in tables))
-        }
-        for step in steps
-    }

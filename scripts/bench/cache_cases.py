@@ -133,7 +133,7 @@ def dit_cases(known: Calibration) -> list[Case]:
         cases.append(peer("cache-dit, Taylor 1", threshold, "cache-dit", taylor=1, **dbcache))
     for rung in known.rungs:
         share = f"{''.join(rung['rows']).count('1') / sum(map(len, rung['rows'])):.2f}"
-        cases += [ours(f"block-mask calibrated, order {order}", share, **rung | {"order": order}) for order in (0, 1)]
+        cases.append(ours("block-mask calibrated", share, **rung))
     return cases
 
 

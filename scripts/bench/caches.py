@@ -47,7 +47,7 @@ FIT_COUNT = 16
 TOGETHER = 5
 "Cases that share an uncached call when they are timed."
 
-SHARES = (0.65, 0.5, 0.4, 0.35, 0.25, 0.2)
+SHARES = (0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 "Of the work, in the settings that are taken from the ladder of a calibration."
 
 PAIRED = ("psnr", "feature_distance")

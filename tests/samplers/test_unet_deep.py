@@ -1,5 +1,6 @@
 """Deep features of a U-Net reused, against DeepCache's own package and against a network that runs whole."""
 
+import itertools
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -15,9 +16,10 @@ from diffusers import (
     UNet2DModel,
     UNet3DConditionModel,
 )
+from mask_reference import newton
 from pydantic import ValidationError
 from tiny import call_arguments, generators, tiny_dit, tiny_stable_diffusion, tiny_unet
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 from zoo import ZOO
 
 from fewstep.samplers import Call, GuidanceSchedule, InputError, Plan, SpacingGrid, attach
@@ -42,16 +44,19 @@ def giver(unet, depth, layer):
 
 
 @contextmanager
-def whole_with_old_features(module, computes):
-    """The whole network runs in every step, but on the others ``module`` says what it said when it last computed."""
-    calls, kept = [], []
+def whole_with_old_features(module, computes, order=0):
+    """The whole network runs in every step, but on the others ``module`` says what follows from its last outputs."""
+    calls, kept = itertools.count(), []
 
     def answer(_module, _given, output):
-        calls.append(1)
-        if computes[len(calls) - 1]:
-            kept[:] = [output]
-        kept[:] = [tree_map_only(torch.Tensor, torch.clone, kept[0])]
-        return tree_map_only(torch.Tensor, torch.clone, kept[0])
+        step = next(calls)
+        if computes[step]:
+            kept[:] = [(step, tree_map_only(torch.Tensor, torch.clone, output)), *kept[:order]]
+            return output
+        leaves = zip(*(tree_leaves(tree) for _, tree in kept), strict=True)
+        steps = [step for step, _ in kept]
+        said = [newton(list(zip(steps, values, strict=True)), step) for values in leaves]
+        return tree_unflatten(said, tree_structure(kept[0][1]))
 
     handle = module.register_forward_hook(answer)
     try:
@@ -74,6 +79,29 @@ def test_is_the_whole_network_with_old_features(name, cut):
     assert handle.stats.rows == sum(step.rows for step in handle.stats.steps)
     for rows in handle.stats.modules.values():
         assert (rows.run, rows.skipped) == (handle.stats.rows * 3 / 5, handle.stats.rows * 2 / 5)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("cut", CUTS)
+def test_is_the_whole_network_with_forecast_features(cut, order):
+    family = ZOO["stable-diffusion"]
+    pipe = family.build()
+    parts = [UNetDeep(steps=(0, 1, 3, 4), depth=cut[0], layer=cut[1], order=degree) for degree in (0, order)]
+    with whole_with_old_features(giver(pipe.unet, *cut), parts[1].computes(7), order):
+        expected = family.call(pipe, steps=7)
+    found = []
+    for part in parts:
+        with attach(pipe, Plan(caches=part)) as handle:
+            found.append(family.call(pipe, steps=7))
+    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-5)
+    assert (found[0] - expected).abs().max() > 1e-4
+    assert {rows.run for rows in handle.stats.modules.values()} == {handle.stats.rows * 4 / 7}
+
+
+def test_a_forecast_keeps_one_value_more_for_each_order():
+    pipe = tiny_stable_diffusion(layers=2)
+    held = [images(pipe, UNetDeep(interval=2, order=order), steps=7)[1].cache_bytes for order in (0, 1, 2)]
+    assert held == [held[0], 2 * held[0], 3 * held[0]]
 
 
 @pytest.mark.parametrize("cut", CUTS)

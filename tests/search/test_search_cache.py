@@ -2,56 +2,146 @@
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
+from mask_reference import newton
 from tiny import call_arguments, tiny_dit, tiny_stable_diffusion
 
-from fewstep.samplers import BlockMask, InputError, Plan, SpacingGrid, attach
-from fewstep.search import Budget, Judges, search_cache
+from fewstep.samplers import BlockMask, InputError, Plan, SpacingGrid, UNetDeep, attach
+from fewstep.search import LADDERS, Budget, Judges, cache_costs, search_cache
 from fewstep.search.cache import FRESH
-from fewstep.search.cache_costs import Costs, cheapest_steps, measure_factors, measure_moves, worthwhile_steps
+from fewstep.search.cache_costs import Costs, measure_factors, measure_products
+from fewstep.search.rungs import Rung, even_steps, ladder_of, whole_steps
+from fewstep.search.step_choice import (
+    APART,
+    LONGEST,
+    cheapest_steps,
+    longest_run,
+    predicted,
+    refined_steps,
+    worthwhile_steps,
+)
 
 STEPS = 6
 
 
-def random_costs(seed, gap=STEPS):
-    draw = random.Random(seed)
-    return Costs({"m": {step: {g: draw.random() for g in range(1, min(step, gap) + 1)} for step in range(1, STEPS)}})
+class Walk:
+    """A feature that wanders from step to step, and what it costs to forecast it, said once more."""
+
+    def __init__(self, seed, steps=STEPS):
+        draw = torch.Generator().manual_seed(seed)
+        self.values = torch.randn(steps, 5, generator=draw, dtype=torch.float64).cumsum(0).cumsum(0)
+        self.factors = tuple(torch.rand(steps, generator=draw).tolist())
+        self.costs = Costs([self.values @ self.values.T], self.factors)
+
+    def errors(self, chosen, order):
+        kept = []
+        for step, value in enumerate(self.values):
+            if step in chosen:
+                kept = [(step, value), *kept][: order + 1]
+            else:
+                yield math.sqrt(self.factors[step]) * (value - newton(kept, step))
+
+    def apart(self, chosen, order):
+        return sum(float(error.square().sum()) for error in self.errors(chosen, order))
+
+    def together(self, chosen, order):
+        errors = list(self.errors(chosen, order))
+        return float(sum(errors).square().sum()) if errors else 0.0
 
 
-def total(costs, chosen):
-    ends = [*chosen, STEPS]
-    return sum(costs.passed("m", last, until) for last, until in itertools.pairwise(ends))
-
-
-def subsets():
-    for size in range(STEPS):
-        for rest in itertools.combinations(range(1, STEPS), size):
+def subsets(steps=STEPS):
+    for size in range(steps):
+        for rest in itertools.combinations(range(1, steps), size):
             yield (0, *rest)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_cheapest_steps_are_those_of_brute_force(seed):
-    costs = random_costs(seed)
-    found = cheapest_steps(costs, "m", STEPS)
-    for count in range(1, STEPS + 1):
-        best = min((subset for subset in subsets() if len(subset) == count), key=lambda s: total(costs, s))
-        assert found[count] == best
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_costs_are_those_of_the_forecasts(seed, order):
+    walk = Walk(seed)
+    for chosen in subsets():
+        assert walk.costs.apart(chosen, order) == pytest.approx(walk.apart(chosen, order), rel=1e-9, abs=1e-9)
+        assert walk.costs.together(chosen, order) == pytest.approx(walk.together(chosen, order), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("price", [0.0, 0.3, 1.0, 10.0])
-def test_the_worthwhile_steps_are_those_of_brute_force(price):
-    costs = random_costs(7)
-    best = min(subsets(), key=lambda s: total(costs, s) + price * len(s))
-    assert worthwhile_steps(costs, "m", STEPS, price) == best
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cheapest_steps_are_those_of_brute_force(seed, order):
+    walk = Walk(seed, steps=8)
+    found = cheapest_steps(walk.costs, order)
+    assert sorted(found) == list(range(1, 9))
+    for count, chosen in found.items():
+        least = min(walk.apart(other, order) for other in subsets(8) if len(other) == count)
+        assert len(chosen) == count
+        assert walk.apart(chosen, order) == pytest.approx(least, rel=1e-9)
 
 
-def test_gaps_that_were_not_measured_are_not_used():
-    found = cheapest_steps(random_costs(0, gap=2), "m", STEPS)
-    assert min(found) == 2  # one step cannot serve five others
-    assert all(b - a <= 3 for chosen in found.values() for a, b in itertools.pairwise([*chosen, STEPS]))
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("price", [0.0, 0.3, 3.0, 1000.0])
+def test_the_worthwhile_steps_are_those_of_brute_force(price, order):
+    walk = Walk(7, steps=8)
+    best = min(subsets(8), key=lambda chosen: walk.apart(chosen, order) + price * len(chosen))
+    assert worthwhile_steps(walk.costs, order, price) == best
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_runs_of_forecasts_are_no_longer_than_allowed(order):
+    walk = Walk(0, steps=8)
+    found = cheapest_steps(walk.costs, order, longest=2)
+    assert min(found) == 3  # two steps that compute and two runs of two are six
+    for count, chosen in found.items():
+        assert longest_run(chosen, 8) <= 2
+        allowed = [other for other in subsets(8) if len(other) == count and longest_run(other, 8) <= 2]
+        assert chosen == min(allowed, key=lambda other: walk.apart(other, order))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_no_single_move_betters_refined_steps(order):
+    walk = Walk(3, steps=9)
+
+    def expected(chosen):
+        return walk.together(chosen, order) + APART * walk.apart(chosen, order)
+
+    start = even_steps(9, 4)
+    found = refined_steps(walk.costs, start, order)
+    assert predicted(walk.costs, found, order) == pytest.approx(expected(found))
+    assert expected(found) <= expected(start)
+    for gone, to in itertools.product(found[1:], set(range(1, 9)) - set(found)):
+        assert expected(sorted({*found, to} - {gone})) >= expected(found)
+
+
+def test_a_branch_that_did_not_run_is_forecast_from_where_it_did():
+    walk = Walk(1)
+    late = walk.costs.products[0].clone()
+    late[:2] = late[:, :2] = math.nan
+    costs = Costs([late], walk.factors)
+    assert costs.of(1, (0,)) == 0.0
+    assert costs.of(2, (1, 0)) == 0.0  # with nothing to go on from it computes
+    assert costs.of(4, (3, 1)) == pytest.approx(walk.costs.of(4, (3,)))
+    both = Costs([late, *walk.costs.products], walk.factors)
+    assert both.of(4, (3, 1)) == pytest.approx(costs.of(4, (3,)) + walk.costs.of(4, (3, 1)))
+    assert both.together((0, 3), 1) == pytest.approx(costs.together((0, 3), 1) + walk.costs.together((0, 3), 1))
+
+
+def test_steps_that_are_tried_are_few_and_of_two_orders():
+    tried = whole_steps(Walk(2, steps=24).costs)
+    assert len(tried) <= 40
+    assert len(set(tried)) == len(tried)
+    counts = [len(chosen) for chosen, _ in tried]
+    assert (min(counts), max(counts)) == (3, 23)
+    for chosen, order in tried:
+        assert order in (0, 1, 2)
+        assert chosen[0] == 0
+        assert longest_run(chosen, 24) <= LONGEST
+
+
+def test_a_ladder_has_what_nothing_else_betters():
+    parts = [UNetDeep(interval=every) for every in range(1, 7)]
+    tried = [(0.5, 0.2), (0.9, 0.1), (0.3, 0.4), (0.5, 0.3), (0.4, 0.4), (0.2, 0.5)]
+    rungs = [Rung(part, share, error) for part, (share, error) in zip(parts, tried, strict=True)]
+    assert ladder_of(rungs) == (parts[1], parts[0], parts[2], parts[5])
 
 
 def call_of(pipe):
@@ -71,25 +161,58 @@ def sample_of(pipe, count=2):
     return sample
 
 
-def test_moves_grow_with_the_gap_and_factors_give_back_what_was_measured():
+def attentions(steps, skip=()):
+    return BlockMask(rows=tuple("10"[step in skip] for step in range(steps)), targets=("attention",))
+
+
+def test_products_are_those_of_the_features_and_factors_give_back_what_was_measured():
     pipe = tiny_dit(layers=2)
     plan = Plan(grid=SpacingGrid(steps=STEPS))
-    mask = BlockMask(rows=("1",) * STEPS, targets=("attention",))
-    moved = measure_moves(plan, mask, lambda name: True, sample_of(pipe))
-    assert sorted(moved) == [f"transformer.transformer_blocks.{index}.attn1" for index in range(2)]
-    assert all(set(gaps) == set(range(1, step + 1)) for steps in moved.values() for step, gaps in steps.items())
+    seen = [[], []]
+    hooks = [
+        block.attn1.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output.double()))
+        for block, kept in zip(pipe.transformer.transformer_blocks, seen, strict=True)
+    ]
+    products = measure_products(plan, attentions(STEPS), lambda name: True, STEPS, sample_of(pipe))
+    for hook in hooks:
+        hook.remove()
+    assert list(products) == [f"transformer.transformer_blocks.{index}.attn1" for index in range(2)]
+    for (table,), outputs in zip(products.values(), seen, strict=True):
+        flat = torch.stack(outputs).flatten(1)
+        torch.testing.assert_close(table, flat @ flat.T / len(outputs[0]), rtol=1e-6, atol=1e-9)
 
-    def single(step):
-        rows = tuple("0" if index == step else "1" for index in range(STEPS))
-        return BlockMask(rows=rows, targets=("attention",))
-
-    factors = measure_factors(plan, single, moved, STEPS, sample_of(pipe))
-    assert len(factors) == STEPS
-    plain = sample_of(pipe)(plan)
+    plain, factors = measure_factors(plan, lambda step: attentions(STEPS, {step}), products, STEPS, sample_of(pipe))
+    torch.testing.assert_close(plain, sample_of(pipe)(plan), rtol=0, atol=0)
+    both = Costs([table for tables in products.values() for table in tables], factors)
     for step in range(1, STEPS):
-        error = sample_of(pipe)(plan.model_copy(update={"caches": (single(step),)})) - plain
-        change = sum(gaps[step][1] for gaps in moved.values())
-        assert factors[step] * change == pytest.approx(float(error.double().square().mean()), rel=1e-6)
+        error = sample_of(pipe)(plan.model_copy(update={"caches": (attentions(STEPS, {step}),)})) - plain
+        assert both.of(step, (step - 1,)) == pytest.approx(float(error.double().square().mean()), rel=1e-6)
+
+
+def test_products_of_large_features_are_estimated_from_some_values(monkeypatch):
+    pipe = tiny_dit(layers=1)
+    plan = Plan(grid=SpacingGrid(steps=3))
+    (all_of_it,) = measure_products(plan, attentions(3), lambda name: True, 3, sample_of(pipe)).values()
+    monkeypatch.setattr(cache_costs, "LOOKED_AT", 32)
+    (some,) = measure_products(plan, attentions(3), lambda name: True, 3, sample_of(pipe)).values()
+    assert not torch.equal(some[0], all_of_it[0])
+    torch.testing.assert_close(some[0].diagonal(), all_of_it[0].diagonal(), rtol=0.4, atol=0)
+
+
+@pytest.mark.parametrize("cache", ["block-mask", "step-rehash", "unet-deep"])
+def test_rungs_reuse_more_and_more(cache):
+    """A ladder that knows forecasts goes from the mildest setting to the boldest one, and both are run."""
+    pipe = tiny_stable_diffusion(layers=2) if cache == "unet-deep" else tiny_dit(layers=2)
+    plan, runs = Plan(grid=SpacingGrid(steps=STEPS)), []
+    sample = sample_of(pipe)
+    ladder = LADDERS[cache](pipe, plan, STEPS, lambda plan: runs.append(plan) or sample(plan))
+    plain = sample(plan)
+    errors = [
+        float((sample(plan.model_copy(update={"caches": (part,)})) - plain).double().square().mean()) for part in ladder
+    ]
+    assert errors == sorted(errors)
+    assert len(ladder) >= 3
+    assert len(runs) <= 2 + (STEPS - 1) * 3 + 8
 
 
 @pytest.mark.parametrize(
