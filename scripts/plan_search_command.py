@@ -12,6 +12,7 @@ from ..eval.baselines import baseline_rows
 from ..samplers import InputError, Plan, SpacingGrid
 from ..samplers.files import atomic_path
 from ..search import PRESETS, Judges, Limit, Objective, SearchSetting, Space, search, write_search_report
+from ..search.optuna_samplers import STOPS_NONE
 from ..search.presets import Beginning, preset_space, suggested_starts
 from .search_options import PlanOptions
 from .search_setting import Setting, judges_of
@@ -50,7 +51,7 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
             storage=options.storage or str(options.folder),
             trials=options.trials or preset.trials,
             seed=options.search_seed,
-            sampler=options.sampler or (preset.sampler if options.cost is None else None),
+            sampler=_sampler(options),
             confirm=options.confirm,
             fresh_n=options.fresh_n,
             batch_size=options.batch_size,
@@ -95,6 +96,12 @@ def _objective(options: PlanOptions, judges: Judges) -> Objective:
     quality = options.objective or ("fd" if judges.real is not None else "relative_error")
     least = 2 * judges.net.dim if quality == "fd" and judges.net is not None else 8
     first = max(options.n // 4, least)
-    stops = PRESETS[options.preset].stops_early and options.cost is None and first < options.n
-    rungs = (first, options.n) if stops else (options.n,)
-    return Objective(quality, options.cost, tuple(map(Limit.parse, options.limits)), rungs)
+    stops = options.cost is None and _sampler(options) not in STOPS_NONE and first < options.n
+    return Objective(
+        quality, options.cost, tuple(map(Limit.parse, options.limits)), (first, options.n) if stops else (options.n,)
+    )
+
+
+def _sampler(options: PlanOptions) -> str | None:
+    """The sampler that was asked for, or the preset's; None leaves it to two objectives."""
+    return options.sampler or (PRESETS[options.preset].sampler if options.cost is None else None)

@@ -109,7 +109,9 @@ class NetOptions(FitOptions):
 class PlanOptions(NetOptions):
     """The flags of ``fewstep search plan``, which is also what ``fewstep search`` does without an action."""
 
-    n: Annotated[int, Flag("Samples that decide between candidates; a quarter of them stops the worse ones.")] = 1024
+    n: Annotated[
+        int, Flag("Samples that decide between candidates; with tpe and random a quarter stops the worse ones.")
+    ] = 512
     steps: Annotated[int | None, Flag("Number of steps of the plan to find; default: those of --plan.", "STEPS")] = None
     preset: Annotated[str, Flag(f"What the other flags default to: {', '.join(PRESETS)}.", "PRESET")] = "fast"
     objective: Annotated[

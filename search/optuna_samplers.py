@@ -21,6 +21,9 @@ Constraints = Callable[[FrozenTrial], tuple[float, ...]]
 
 OPTUNA_SAMPLERS: Registry[MakeSampler] = Registry("sampler of a search")
 
+STOPS_NONE = ("gp", "evolution")
+"Samplers whose candidates are all measured to the end."
+
 STARTUP = 8
 "Random candidates before a model of the loss is made."
 
@@ -41,7 +44,10 @@ def tree_parzen(seed: int, base: Plan, constraints: Constraints | None) -> BaseS
 
 @OPTUNA_SAMPLERS.register("gp")
 def gaussian_process(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
-    """Gaussian processes with expected improvement: the best in tens of candidates, slow in many hundreds."""
+    """Gaussian processes with expected improvement: the best in tens of candidates, slow in many hundreds.
+
+    They learn from candidates that were measured to the end only, so a search with them stops none early.
+    """
     with _quiet():
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, constraints_func=constraints)
 

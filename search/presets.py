@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..samplers import DiffusersSolver, InputError, Plan, RuleGrid, SpacingGrid
+from ..samplers import DiffusersSolver, EpsilonScaling, InputError, Plan, RuleGrid, SpacingGrid
 from ..samplers.part import Part
 from .axes.solver import SolverAxis
+from .axes.steps import prepared
 from .cache import Call
 from .grid_paths import suggest_grids
 from .space import Axis, Space
 
-BUILT_IN: tuple[Callable[[int], Part], ...] = (
-    lambda steps: SpacingGrid(steps=steps, spacing="leading"),
-    lambda steps: RuleGrid(rule="karras", steps=steps),
-)
-"Grids that diffusers has, of a number of steps."
+EARLY = 0.8
+"Share of the times that an early start leaves."
 
-FAVOURITES = ("unipc-2", "sa-solver", "dpmpp-2m", "euler")
+SCALE = 1.02
+"Epsilon scaling that is tried to begin with."
+
+FAVOURITES = ("unipc-2", "sa-solver", "euler")
 "Solvers of the axis that are tried on every grid to begin with, as far as they suit the pipeline."
 
-SUGGESTED = 3
+SUGGESTED = 4
 "Grids that the teacher's trajectory suggests."
 
 RECORDED = 32
@@ -40,7 +41,6 @@ class Preset:
         trials: distinct plans to measure.
         sampler: a name of `OPTUNA_SAMPLERS`; None leaves it to the number of objectives.
         suggests: whether the search begins with grids from the teacher's trajectory, and diffusers' own.
-        stops_early: whether candidates that are worse on few samples are measured on no more.
     """
 
     space: tuple[str, ...]
@@ -48,15 +48,12 @@ class Preset:
     trials: int
     sampler: str | None
     suggests: bool
-    stops_early: bool
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset(
-        ("grid", "solver", "correction", "guidance"), ("solver", "correction", "guidance"), 64, None, True, True
-    ),
-    "autodiffusion": Preset(("grid-index",), (), 750, "evolution", False, False),
-    "autodiffusion-layers": Preset(("grid-index", "layers"), (), 750, "evolution", False, False),
+    "fast": Preset(("grid", "solver", "correction", "guidance"), ("solver", "correction", "guidance"), 64, "gp", True),
+    "autodiffusion": Preset(("grid-index",), (), 750, "evolution", False),
+    "autodiffusion-layers": Preset(("grid-index", "layers"), (), 750, "evolution", False),
 }
 """``fast`` is ours. ``autodiffusion`` is the evolution of arXiv:2309.10438 over steps alone, and with ``-layers`` over
 the layers of each step too."""
@@ -96,19 +93,31 @@ def suggested_starts(pipe: Any, space: Space, call: Call, steps: int) -> Beginni
         steps: of the grids.
     """
     solvers = list(_solvers(space))
-    grids: list[Part] = [make(steps) for make in BUILT_IN]
-    rows = 0
+    built_in = _built_in(pipe, space.base, steps)
+    grids, rows = list(built_in), 0
     for solver in solvers:
-        base = space.base.model_copy(update={"solver": solver} if solver else {})
         try:
-            found = suggest_grids(pipe, base, call, steps=steps, n=RECORDED)
+            found = suggest_grids(pipe, _with(space.base, solver=solver), call, steps=steps, n=RECORDED)
         except InputError:
             continue
         grids += [path.grid for path in found.paths[:SUGGESTED]]
         rows += found.rows
         break
-    plans = (_with(space.base, grid, solver) for grid, solver in product(grids, solvers))
+    plans = [_with(space.base, grid=grid, solver=solver) for grid, solver in product(grids, solvers)]
+    if any(axis.name == "correction" for axis in space.axes):
+        correction = EpsilonScaling(scale=SCALE)
+        plans += [_with(space.base, grid=grid, solver=solvers[0], correction=correction) for grid in built_in]
     return Beginning(tuple(dict.fromkeys(plans)), rows)
+
+
+def _built_in(pipe: Any, base: Plan, steps: int) -> list[Part]:
+    """Grids that diffusers has, and the even one from an early start on."""
+    early = EARLY * prepared(pipe, base).process.time_range.noisiest
+    return [
+        SpacingGrid(steps=steps, spacing="leading"),
+        RuleGrid(rule="karras", steps=steps),
+        RuleGrid(rule="trailing", steps=steps, options={"first": early}),
+    ]
 
 
 def _solvers(space: Space) -> Iterator[DiffusersSolver | None]:
@@ -120,5 +129,6 @@ def _solvers(space: Space) -> Iterator[DiffusersSolver | None]:
     yield from (choices[name] for name in FAVOURITES if name in choices)
 
 
-def _with(base: Plan, grid: Part, solver: DiffusersSolver | None) -> Plan:
-    return base.model_copy(update={"grid": grid} | ({"solver": solver} if solver else {}))
+def _with(base: Plan, **parts: Part | None) -> Plan:
+    """The plan with some parts, those that are None as they were."""
+    return base.model_copy(update={name: part for name, part in parts.items() if part is not None})
