@@ -85,7 +85,9 @@ def process_state(device: str | None) -> PartialState:
 
 def open_bench(options: BenchOptions, state: PartialState, command: str, started: str) -> Bench:
     """Loads the pipeline and the plans, and checks everything that can be checked before work begins."""
-    plans = [(path.stem, Plan.load(path)) for path in (*shipped_plans(options.pipe), *options.plans)]
+    shipped = [(path.stem, Plan.load(path)) for path in shipped_plans(options.pipe)]
+    plans = [(name, plan) for name, plan in shipped if plan.nominal_steps in options.steps]
+    plans += [(path.stem, Plan.load(path)) for path in options.plans]
     own = reference_plan(options.pipe, options.reference_steps)
     reference = Plan.load(options.reference) if options.reference else own
     device = options.device if options.device and state.num_processes == 1 else str(state.device)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..eval.assets import shipped_plans
-from ..samplers import Plan
 from ..samplers.files import read_json
 from . import markdown
 from .bench.solvers import SOLVERS
@@ -62,12 +60,6 @@ that the best cell was found on. PNDM has no grid: its distance is what diffuser
 """
 
 SHIFT_REPORT = "The best cell of each on other seeds, and the same cell with the criterion `data-variance`:"
-
-SHIPPED_HEAD = """## Plans that ship
-
-What was found, put together, and measured beside the best of the solver's own spacings on seeds where neither was
-chosen, from 4,000,000 on (`python -m fewstep.scripts.demo.ship_plan`).
-"""
 
 NOTES = """## What helps, and what does not
 
@@ -124,8 +116,6 @@ def document(results: Path) -> str:
         _or_missing(_shift, shift),
         GUIDANCE_HEAD,
         _or_missing(_guidance, guidance),
-        SHIPPED_HEAD,
-        _shipped(),
         NOTES,
         _commands(solvers, parts, shift, guidance),
     ]
@@ -310,19 +300,6 @@ def _guidance(found: Found) -> str:
     head = ["steps", "window", "NFE", "fd", "less full guidance", *METRICS.values(), *timed]
     note = LATENCY if sizes else "Latency was not measured."
     return f"{found['n']:,} images a row, seeds from 0 on. {note}\n\n" + markdown.table(head, rows)
-
-
-def _shipped() -> str:
-    """The plans that ship with evidence of a distance, and what they were compared with."""
-    rows = []
-    for demo in DEMOS:
-        for plan in map(Plan.load, shipped_plans(f"demo:{demo}")):
-            found = {evidence.metric: evidence for evidence in plan.evidence}
-            own, less = found.get("fd_fashion"), found.get("fd_fashion difference")
-            if own and less:
-                numbers = [markdown.number(one.value, one.se or 0.0) for one in (own, less)]
-                rows.append([f"`{demo}/{plan.name}`", f"{own.n:,}", *numbers, f"`{less.against}`"])
-    return markdown.table(["plan", "images", "fd", "difference", "to"], rows)
 
 
 def _commands(

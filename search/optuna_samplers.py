@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from ..samplers import Plan
 from ..samplers.registry import Registry
 from .evolution import EvolutionSampler
+from .trust_region import TrustRegionSampler
 
 MakeSampler = Callable[[int, Plan, "Constraints | None"], BaseSampler]
 """From a seed, the plan that the search begins with and how violated limits are read to a sampler."""
@@ -44,12 +45,11 @@ def tree_parzen(seed: int, base: Plan, constraints: Constraints | None) -> BaseS
 
 @OPTUNA_SAMPLERS.register("gp")
 def gaussian_process(seed: int, base: Plan, constraints: Constraints | None) -> BaseSampler:
-    """Gaussian processes with expected improvement: the best in tens of candidates, slow in many hundreds.
+    """Gaussian processes in a trust region about the best plan, see `TrustRegionSampler`.
 
     They learn from candidates that were measured to the end only, so a search with them stops none early.
     """
-    with _quiet():
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, constraints_func=constraints)
+    return TrustRegionSampler(seed, constraints=constraints)
 
 
 @OPTUNA_SAMPLERS.register("nsga2")

@@ -66,6 +66,10 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
         if words[0] == "bench":
             words = [*words[: words.index("--n")], "--n", "16", "--timing_repeats", "1", "--steps", "2"]
             words += ["--out", f"out-{number}"]
+        if words[:2] == ["search", "--steps"]:
+            few = {"steps": 2, "n": 4, "trials": 2, "confirm": 1, "fresh_n": 4}
+            words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
+            words += ["--objective", "relative_error", "--teacher", "my-five.json"]
         assert cli.main(words) == 0, command
     assert (tmp_path / "grid.png").is_file()
     assert list(tmp_path.glob("out-*/report.html"))

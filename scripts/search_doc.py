@@ -1,0 +1,228 @@
+"""Makes docs/search.md: the plans that a search found, and what was measured of them, from docs/results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..eval.assets import plan_folder
+from ..samplers import Plan
+from ..samplers.files import read_json
+from . import markdown
+
+Found = Mapping[str, Any]
+"What a benchmark wrote."
+
+DEMOS = ("fashion-dit", "fashion-unet")
+METRICS = {"precision": "precision", "recall": "recall", "class_accuracy": "accuracy"}
+
+HEAD = """# Searches, measured
+
+Made by `python -m fewstep.scripts.tables` from the plans that ship and from `docs/results`. Distances are `fd_fashion`,
+lower is better, ± one standard error from a jackknife over blocks of seeds; differences are on the same seeds. All of
+it ran in float32 on two CPU cores; the teachers are small, and what a search finds on them says little of others.
+
+`fewstep search --steps 5` measures candidate plans on the same noise. It begins with grids that diffusers has, an early
+start, and grids that dynamic programming over a recorded trajectory of the teacher suggests (Watson et al.,
+arXiv:2106.03802; GITS, arXiv:2405.11326), and goes on by Gaussian processes. The best few are measured again on fresh
+noise, and the evidence of the one that wins comes from a third set, on which nothing was chosen. No weights change."""
+
+PLANS_HEAD = """## Plans that ship
+
+`eval/demo/plans/<teacher>/<steps>-step.json`, the evidence inside."""
+
+GOALS_HEAD = """## Beside diffusers' best scheduler
+
+Against Fashion-MNIST's 10,000 *test* images, on seeds from 5,000,000 on, on which nothing was chosen. The baseline of
+each number of steps is the best of diffusers' schedulers, each at its best built-in spacing. The excess is what a distance
+is above the teacher's converged one, that of the best of its schedulers at 100 steps; the last column is the plan's
+excess as a share of the baseline's. A share below 0 means that the plan is nearer to the test images than the teacher
+itself at 100 steps, as its guidance and scales were chosen on real images and the teacher's were not."""
+
+FRESH_HEAD = """## At search, and on fresh noise
+
+The leaders of each search, on the samples that they were chosen on and on fresh ones. What was chosen for being lowest
+is higher when it is measured again; the plan found is the best on the fresh ones."""
+
+TRANSFER_HEAD = """## In other settings
+
+The five-step plan at other guidance scales and in other numbers of steps (its log-SNR interpolated), beside diffusers'
+best five-step scheduler changed in the same way, on the same seeds."""
+
+EVOLUTION_HEAD = """## Beside AutoDiffusion's evolution
+
+The presets `autodiffusion` (arXiv:2309.10438: evolution over the steps of DDIM) and `fast` on `fashion-dit`, in one run
+on the same samples. Rows are evaluations of the network, a guided step counted twice."""
+
+
+def document(results: Path) -> str:
+    """The text of docs/search.md.
+
+    Args:
+        results: the folder of the files that the benchmarks wrote; a section without its file says so.
+    """
+    searches = _read(results, "searches")
+    sections = [HEAD, PLANS_HEAD, *(_plans(demo) for demo in DEMOS), GOALS_HEAD]
+    sections += [_titled(demo, _read(results, f"excess-{_short(demo)}"), _goals) for demo in DEMOS]
+    sections += [FRESH_HEAD, *(_fresh(demo, searches.get(demo, {})) for demo in DEMOS if searches)]
+    sections += [TRANSFER_HEAD, *(_titled(d, _read(results, f"transfer-{_short(d)}"), _transfer) for d in DEMOS)]
+    evolution = _read(results, "evolution-dit")
+    sections += [EVOLUTION_HEAD, _evolution(evolution) if evolution else "Not measured."]
+    sections += ["## Commands", _commands(searches)]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    path = results / f"{name}.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _short(demo: str) -> str:
+    return demo.removeprefix("fashion-")
+
+
+def _titled(demo: str, found: Found, section: Any) -> str:
+    return f"**`{demo}`**{section(found) if found else ': not measured.'}"
+
+
+def _plans(demo: str) -> str:
+    folder = plan_folder(f"demo:{demo}")
+    assert folder is not None
+    files = sorted(folder.glob("*-step*.json"), key=lambda path: Plan.load(path).nominal_steps or 0)
+    rows = []
+    for path in files:
+        plan = Plan.load(path)
+        evidence = [f"{each.metric} {_estimate(each.value, each.se)}" for each in plan.evidence]
+        rows.append([f"`{path.stem}`", _solver(plan), _times(plan), _others(plan), "; ".join(evidence)])
+    return f"**`{demo}`**\n\n" + markdown.table(["plan", "solver", "timesteps", "besides", "evidence"], rows)
+
+
+def _solver(plan: Plan) -> str:
+    scheduler = str(getattr(plan.solver, "scheduler", "")).removesuffix("Scheduler")
+    config = getattr(plan.solver, "config", {})
+    order = config.get("solver_order") or config.get("predictor_order")
+    return f"{scheduler} {order}" if order else scheduler
+
+
+def _times(plan: Plan) -> str:
+    times = getattr(plan.grid, "timesteps", None)
+    return ", ".join(f"{time:g}" for time in times) if times else str(getattr(plan.grid, "spacing", ""))
+
+
+def _others(plan: Plan) -> str:
+    found = []
+    for slot, part in plan.placed:
+        if slot in ("solver", "grid"):
+            continue
+        values = {key: value for key, value in part.model_dump(exclude_defaults=True).items() if key != "type"}
+        shown = ", ".join(f"{key} {_shown(value)}" for key, value in values.items() if key not in ("file", "rows"))
+        found.append(f"{part.type} {shown}".strip())
+    return "; ".join(found)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return " ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _estimate(value: float, se: float | None) -> str:
+    return f"{value:.3g}" if se is None else markdown.number(value, se)
+
+
+def _goals(found: Found) -> str:
+    converged = found["converged"]["rows"][found["converged"]["best"]]
+    metric = converged["metrics"]["fd"]
+    rows = []
+    for budget, entry in found["budgets"].items():
+        base = entry["baselines"][entry["baseline"]]
+        row = [budget, f"`{entry['baseline']}` {_metric(base, 'fd')}"]
+        if "plan" in entry:
+            goal = entry["goal"]
+            difference = markdown.number(*entry["plan"]["difference"], sign="+")
+            row += [_metric(entry["plan"], "fd"), difference, markdown.number(goal["ratio"], goal["se"])]
+            row += [_change(entry["plan_others"], entry["baseline_others"], kind) for kind in METRICS]
+        rows.append(row + [""] * (8 - len(row)))
+    head = ["steps", "best of diffusers", "plan", "difference", "share of the excess", *METRICS.values()]
+    return (
+        f", {found['n']:,} images a row; converged, `{found['converged']['best']}` at 100 steps: "
+        f"{markdown.number(metric['value'], metric['se'])} ({converged['n']:,} images).\n\n"
+        + markdown.table(head, rows)
+    )
+
+
+def _metric(row: Found, kind: str) -> str:
+    metric = row["metrics"][kind]
+    return markdown.number(metric["value"], metric["se"])
+
+
+def _change(ours: Found, theirs: Found, kind: str) -> str:
+    """From the baseline's value to the plan's, bold where it is worse by two standard errors."""
+    if kind not in ours or kind not in theirs:
+        return ""
+    before, after = theirs[kind], ours[kind]
+    text = f"{before['value']:.3f} to {after['value']:.3f} ± {after['se']:.3f}"
+    worse = before["value"] - after["value"] > 2 * math.hypot(before["se"], after["se"])
+    return f"**{text}**" if worse else text
+
+
+def _fresh(demo: str, searches: Found) -> str:
+    rows = []
+    for steps, found in sorted(searches.items(), key=lambda pair: pair[0].rjust(2)):
+        for rank, candidate in enumerate(found["front"]):
+            before, after = candidate["at_search"], candidate["fresh"]
+            rows.append(
+                [
+                    steps if rank == 0 else "",
+                    candidate["name"],
+                    _quality(before),
+                    _quality(after),
+                ]
+            )
+    return f"**`{demo}`**\n\n" + markdown.table(["steps", "leader", "at search", "on fresh noise"], rows)
+
+
+def _quality(scored: Found) -> str:
+    quality = scored["quality"]
+    return f"{markdown.number(quality['value'], quality['se'])} (n = {scored['n']:,})"
+
+
+def _transfer(found: Found) -> str:
+    rows = [
+        [
+            setting,
+            _metric(entry["plan"], "fd"),
+            _metric(entry["against"], "fd"),
+            markdown.number(*entry["plan"]["difference"], sign="+"),
+        ]
+        for setting, entry in found["settings"].items()
+    ]
+    head = ["setting", "plan", "diffusers' best at five steps", "difference"]
+    return f", {found['n']:,} images a row\n\n{markdown.table(head, rows)}"
+
+
+def _evolution(found: Found) -> str:
+    rows = []
+    for steps, entry in found["steps"].items():
+        for preset in ("autodiffusion", "fast"):
+            search = entry[preset]
+            trials = ", ".join(f"{count} {state}" for state, count in search["trials"].items())
+            rows.append([steps, f"`{preset}`", trials, f"{search['rows']:,}", _metric(search["fresh"], "fd")])
+        share = f"{100 * entry['share_of_rows']:.1f} % of the rows"
+        reached = entry["rows_to_reach_baseline"]
+        first = f"as good as the evolution's best after {reached:,}" if reached else "never as good at search"
+        rows.append([steps, "`fast` beside it", first, share, markdown.number(*entry["fast"]["fresh"]["difference"])])
+    head = ["steps", "preset", "candidates", "rows", "fd on fresh seeds, or difference"]
+    return f"Candidates on {found['n']:,} images.\n\n{markdown.table(head, rows)}"
+
+
+def _commands(searches: Found) -> str:
+    lines = [found["command"] for demo in DEMOS for found in searches.get(demo, {}).values()]
+    for demo in map(_short, DEMOS):
+        lines += [
+            f"python -m fewstep.scripts.bench.excess --pipe demo:fashion-{demo} --solvers "
+            f"docs/results/solvers-{demo}.json --work work/{demo} --out docs/results/excess-{demo}.json",
+        ]
+    return "```bash\n" + "\n".join(lines) + "\n```"
