@@ -1,0 +1,103 @@
+"""docs/search.md says what docs/results holds, and the benchmarks behind it compute what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewstep.eval.assets import load_pipeline, plan_folder
+from fewstep.samplers import InputError, Plan, attach
+from fewstep.scripts import search_doc
+from fewstep.scripts.bench.excess import baselines, excess_ratio
+from fewstep.scripts.bench.transfer import with_scale, with_steps
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+DIT = "demo:fashion-dit"
+
+
+def row(fd, se=0.5, shift=0.0):
+    replicates = tuple(fd + shift + 0.1 * (index % 3) for index in range(20))
+    jackknife = {"plain": fd, "replicates": replicates, "sizes": (50,) * 20}
+    return {"plan": {}, "n": 1000, "nfe": 5.0, "metrics": {"fd": {"value": fd, "se": se}}, "fd_jackknife": jackknife}
+
+
+def test_the_document_is_the_generated_one():
+    written = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    assert search_doc.document(RESULTS) == written, "run python -m fewstep.scripts.tables"
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    text = search_doc.document(tmp_path)
+    assert text.lower().count("not measured.") == 5
+
+
+def test_the_share_of_the_excess(tmp_path):
+    """A plan at 4 beside a baseline at 8, over a teacher at 3: a fifth."""
+    goal = excess_ratio(row(4.0), row(8.0), row(3.0, se=0.0))
+    assert goal["excess"] == 1.0
+    assert goal["baseline_excess"] == 5.0
+    assert goal["ratio"] == pytest.approx(0.2)
+    assert goal["se"] == pytest.approx(0.8 * 0.5 / 5.0)
+    found = {
+        "pipe": DIT,
+        "n": 1000,
+        "converged": {"best": "ddpm", "rows": {"ddpm": row(3.0)}},
+        "budgets": {
+            "5": {
+                "baseline": "unipc",
+                "baselines": {"unipc": row(8.0)},
+                "baseline_others": {"precision": {"value": 0.9, "se": 0.01}},
+                "plan": row(4.0) | {"difference": [-4.0, 0.1]},
+                "plan_others": {"precision": {"value": 0.8, "se": 0.01}},
+                "goal": goal,
+            }
+        },
+    }
+    (tmp_path / "excess-dit.json").write_text(json.dumps(found))
+    text = search_doc.document(tmp_path)
+    assert "| 5 | `unipc` 8.00 ± 0.50 | 4.00 ± 0.50 | -4.00 ± 0.10 | 0.20 ± 0.08 | **0.900 to 0.800 ± 0.010** |" in text
+
+
+def test_baselines_are_the_least_distances_of_a_budget():
+    def entry(fd):
+        return {"rows": {"5": row(fd) | {"plan": {"solver": fd}}}}
+
+    table = {"solvers": {"a": entry(3.0), "b": entry(1.0), "c": entry(2.0), "d": {"rows": {"5": None}}}}
+    assert baselines(table, 5, 2) == {"b": {"solver": 1.0}, "c": {"solver": 2.0}}
+
+
+@pytest.mark.parametrize("demo", search_doc.DEMOS)
+def test_every_plan_that_ships_runs_as_it_says(demo):
+    folder = plan_folder(f"demo:{demo}")
+    pipe = load_pipeline(f"demo:{demo}")
+    for path in sorted(folder.glob("*-step*.json")):
+        plan = Plan.load(path)
+        assert plan.name == path.stem
+        assert plan.evidence
+        assert plan.tuned_for.steps == plan.nominal_steps
+        call = {"class_labels": [1]} if demo == "fashion-dit" else {"batch_size": 1}
+        with attach(pipe, plan) as handle:
+            pipe(**call, output_type="np")
+        assert not handle.warnings
+        assert len(handle.stats.steps) == plan.nominal_steps
+
+
+def test_plans_in_other_settings():
+    pipe = load_pipeline(DIT)
+    data = {
+        "fewstep_plan": 1,
+        "solver": {"type": "diffusers", "scheduler": "UniPCMultistepScheduler"},
+        "grid": {"type": "explicit", "timesteps": [800, 500, 200]},
+        "guidance": {"type": "guidance", "scale": [1.5, 2.0, 1.0]},
+    }
+    plan = Plan.from_json(data)
+    same = with_steps(pipe, plan, 3)
+    assert same.grid.timesteps == pytest.approx(plan.grid.timesteps, abs=0.01)
+    more = with_steps(pipe, plan, 5)
+    assert (more.grid.timesteps[0], more.grid.timesteps[2], more.grid.timesteps[4]) == pytest.approx((800, 500, 200))
+    assert more.guidance.scale == pytest.approx((1.5, 1.75, 2.0, 1.5, 1.0))
+    assert with_scale(plan, 2.0).guidance.scale == pytest.approx((2.0, 3.0, 1.0))
+    assert with_scale(plan, 1.0).guidance.scale == 1.0
+    with pytest.raises(InputError, match="the plan has no guidance to change"):
+        with_scale(plan.model_copy(update={"guidance": None}), 2.0)
