@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .process import Process
+from .recognise import own_option
 from .registry import Registry
 
 WARPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -26,7 +27,7 @@ class GridAdapter(ABC):
 
     def __init__(self, scheduler: Any, timesteps: tuple[float, ...]) -> None:
         for option in WARPS:
-            if scheduler.config.get(option):
+            if own_option(scheduler, option):
                 raise InputError(
                     f"{option}=True makes a grid of its own, against the explicit grid; set it to false in the "
                     "solver's config or remove the grid part"

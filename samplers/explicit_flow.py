@@ -9,6 +9,7 @@ import torch
 
 from .errors import InputError
 from .explicit_base import EXPLICIT, GridAdapter
+from .recognise import own_option
 
 
 @EXPLICIT.register("FlowMapEulerDiscreteScheduler")
@@ -19,7 +20,7 @@ class FlowGrid(GridAdapter):
     """Flow matching, one evaluation per listed time, with no shift on top of the list."""
 
     def __init__(self, scheduler: Any, timesteps: tuple[float, ...]) -> None:
-        if scheduler.config.get("invert_sigmas"):
+        if own_option(scheduler, "invert_sigmas"):
             raise InputError("invert_sigmas=True reverses the time axis; an explicit grid does not run on it")
         super().__init__(scheduler, timesteps)
 
@@ -28,7 +29,7 @@ class FlowGrid(GridAdapter):
 
     def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
         scheduler = self.scheduler
-        dynamic = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        dynamic = {"mu": 1.0} if own_option(scheduler, "use_dynamic_shifting") else {}
         base(len(self.timesteps), device=device, **dynamic)
         dtype = scheduler.sigmas.dtype
         sigmas = self.timesteps / scheduler.config.num_train_timesteps

@@ -19,6 +19,7 @@ from .errors import InputError
 from .explicit_base import EXPLICIT, GridAdapter, Swap, table_values
 from .explicit_edm import check_edm_range
 from .explicit_flow import check_flow_range
+from .recognise import own_option
 from .schedules import EDMSchedule
 
 
@@ -36,7 +37,7 @@ class SigmaGrid(GridAdapter):
     """
 
     def check_range(self, timesteps: tuple[float, ...]) -> None:
-        if self.scheduler.config.get("use_flow_sigmas"):
+        if own_option(self.scheduler, "use_flow_sigmas"):
             check_flow_range(timesteps, self.scheduler.config.num_train_timesteps)
         else:
             super().check_range(timesteps)
@@ -44,11 +45,11 @@ class SigmaGrid(GridAdapter):
             raise InputError("UniPC with a separate solver_p cannot run an explicit grid; leave solver_p out")
 
     def set_timesteps(self, base: Callable[..., None], device: Any) -> None:
-        scheduler, flow = self.scheduler, self.scheduler.config.get("use_flow_sigmas")
-        dynamic = {"mu": 1.0} if flow and scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler, flow = self.scheduler, own_option(self.scheduler, "use_flow_sigmas")
+        dynamic = {"mu": 1.0} if flow and own_option(scheduler, "use_dynamic_shifting") else {}
         base(len(self.timesteps), device=device, **dynamic)
         sigmas = self._flow_sigmas() if flow else self._table_sigmas()
-        to_zero = scheduler.config.get("final_sigmas_type") == "zero"
+        to_zero = own_option(scheduler, "final_sigmas_type") == "zero"
         last = scheduler.sigmas[-1] if to_zero or not flow else sigmas[-1]
         scheduler.sigmas = torch.cat([sigmas, last.reshape(1)])
         scheduler.timesteps = self.reported.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,20 @@ class Recognised(NamedTuple):
     state_over_alpha: bool = False
 
 
+def own_option(scheduler: Any, name: str, default: Any = None) -> Any:
+    """The value of an option that a scheduler's class takes.
+
+    ``from_config`` of another scheduler keeps options in the config that the class knows nothing of.
+
+    Args:
+        scheduler: of diffusers, or of a subclass.
+        name: the option.
+        default: what it is where the class does not take it.
+    """
+    takes = any(name in inspect.signature(kind.__init__).parameters for kind in type(scheduler).__mro__)
+    return scheduler.config.get(name, default) if takes else default
+
+
 def recognise(scheduler: Any) -> Recognised:
     """Schedule and prediction of a diffusers scheduler, or of a subclass of one.
 
@@ -44,15 +59,14 @@ def recognise(scheduler: Any) -> Recognised:
 
 def _vp(scheduler: Any) -> Recognised:
     """Table of ``alphas_cumprod``, and the flow variant that several of these schedulers have by config."""
-    config = scheduler.config
-    prediction = PREDICTIONS[config.get("prediction_type", "epsilon")]
-    if config.get("use_flow_sigmas", False):
+    prediction = PREDICTIONS[own_option(scheduler, "prediction_type", "epsilon")]
+    if own_option(scheduler, "use_flow_sigmas"):
         if isinstance(prediction, Velocity):
             raise InputError(
                 "use_flow_sigmas=True with prediction_type='v_prediction' mixes two processes; "
                 "set prediction_type='flow_prediction'"
             )
-        return Recognised(_flow_schedule(config, FlowSchedule, config.get("flow_shift", 1.0)), prediction)
+        return Recognised(_flow_schedule(scheduler, FlowSchedule, own_option(scheduler, "flow_shift", 1.0)), prediction)
     if isinstance(prediction, Flow):
         raise InputError("prediction_type='flow_prediction' needs use_flow_sigmas=True in the scheduler's config")
     return Recognised(_table(scheduler), prediction)
@@ -82,11 +96,10 @@ def _euler(scheduler: Any) -> Recognised:
 
 def _flow(scheduler: Any) -> Recognised:
     """Flow matching."""
-    config = scheduler.config
-    shift = getattr(scheduler, "_shift", config.get("shift", 1.0))  # what set_shift changes
-    if config.get("invert_sigmas", False):
-        return Recognised(_flow_schedule(config, InvertedFlowSchedule, shift), InvertedFlow())
-    return Recognised(_flow_schedule(config, FlowSchedule, shift), Flow())
+    shift = getattr(scheduler, "_shift", own_option(scheduler, "shift", 1.0))  # what set_shift changes
+    if own_option(scheduler, "invert_sigmas"):
+        return Recognised(_flow_schedule(scheduler, InvertedFlowSchedule, shift), InvertedFlow())
+    return Recognised(_flow_schedule(scheduler, FlowSchedule, shift), Flow())
 
 
 def _edm(scheduler: Any) -> Recognised:
@@ -112,7 +125,7 @@ def _preconditioned(scheduler: Any, kind: type[EDMSchedule]) -> Recognised:
             f"{type(scheduler).__name__} cannot precondition prediction_type={config.prediction_type!r}; "
             "set 'epsilon' or 'v_prediction'"
         )
-    rho = math.inf if config.sigma_schedule == "exponential" else config.get("rho", 7.0)
+    rho = math.inf if config.sigma_schedule == "exponential" else own_option(scheduler, "rho", 7.0)
     schedule = kind(config.sigma_min, config.sigma_max, config.sigma_data, rho)
     return Recognised(schedule, predictions[config.prediction_type](config.sigma_data))
 
@@ -122,10 +135,10 @@ def _table(scheduler: Any) -> TableSchedule:
     return TableSchedule(tuple(scheduler.alphas_cumprod.double().tolist()))
 
 
-def _flow_schedule(config: Any, kind: type[FlowSchedule], shift: float) -> FlowSchedule:
-    rule = float if config.get("time_shift_type", "exponential") == "linear" else math.exp
-    dynamic = config.get("use_dynamic_shifting", False)
-    return kind(config.num_train_timesteps, None if dynamic else shift, rule)
+def _flow_schedule(scheduler: Any, kind: type[FlowSchedule], shift: float) -> FlowSchedule:
+    rule = float if own_option(scheduler, "time_shift_type") == "linear" else math.exp
+    dynamic = own_option(scheduler, "use_dynamic_shifting")
+    return kind(scheduler.config.num_train_timesteps, None if dynamic else shift, rule)
 
 
 _READERS: dict[str, Callable[[Any], Recognised]] = {

@@ -11,6 +11,7 @@ from .errors import unknown_name
 from .grid import GRIDS
 from .part import Part, Run
 from .process import Process
+from .recognise import own_option
 from .rules import RULES, Rule
 
 
@@ -60,5 +61,5 @@ class RuleGrid(Part):
         run.scheduler = rule.prepared(run.scheduler)
         process = Process.from_scheduler(run.scheduler)
         run.timesteps = rule.suited(run.scheduler, process).times(process, self.steps)
-        if run.scheduler.config.get("shift_terminal"):
+        if own_option(run.scheduler, "shift_terminal"):
             run.warnings.append("the scheduler's shift_terminal does not act on a grid by rule; set 'last' if needed")

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .errors import InputError
 from .explicit import EXPLICIT
 from .process import Process
+from .recognise import own_option
 from .registry import Registry
 from .schedules import FlowSchedule, TableSchedule
 from .solver import make_scheduler
@@ -88,7 +89,7 @@ class Rule(BaseModel):
 
         Here: the first time, where ``lambda_min_clipped`` bounds the noise (DPM-Solver on cosine betas).
         """
-        clip = scheduler.config.get("lambda_min_clipped", -math.inf)
+        clip = own_option(scheduler, "lambda_min_clipped", -math.inf)
         if self.first is not None or math.isinf(clip) or not isinstance(process.schedule, TableSchedule):
             return self
         dropped = int((scheduler.lambda_t < clip).sum())
@@ -343,7 +344,7 @@ class Leading(Spacing):
         """The scheduler's ``steps_offset``; the multistep solvers leave the cleanest time out."""
         offset, endpoint = self.offset, self.endpoint
         if offset is None and isinstance(process.schedule, TableSchedule):
-            offset = scheduler.config.get("steps_offset", 0)
+            offset = own_option(scheduler, "steps_offset", 0)
         if endpoint is None:
             endpoint = type(scheduler).__name__ not in ENDS_BEFORE_LAST
         return super().suited(scheduler, process).model_copy(update={"offset": offset, "endpoint": endpoint})

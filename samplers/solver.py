@@ -11,6 +11,7 @@ from pydantic import Field
 
 from .errors import InputError, unknown_name
 from .part import Part, Run
+from .recognise import own_option
 from .registry import Registry
 
 SOLVERS: Registry[type[Part]] = Registry("solver type")
@@ -73,7 +74,7 @@ def make_scheduler(cls: type[SchedulerMixin], like: SchedulerMixin, options: dic
         scheduler = cls.from_config(like.config, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{cls.__name__} refuses this configuration: {error}") from error
-    if scheduler.config.get("rescale_betas_zero_snr") and scheduler.config.get("prediction_type") == "epsilon":
+    if own_option(scheduler, "rescale_betas_zero_snr") and scheduler.config.get("prediction_type") == "epsilon":
         raise InputError(
             "epsilon prediction is undefined at zero terminal SNR, where x is epsilon itself (arXiv:2305.08891, "
             "Section 3.2); leave rescale_betas_zero_snr out, or use a network that predicts v or the sample"

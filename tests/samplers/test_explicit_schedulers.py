@@ -10,7 +10,7 @@ import torch
 from explicit_cases import INSTALLED, NEED_TORCHSDE, explicit, make, trajectory, wavy
 from tiny import call_arguments, tiny_sd3, tiny_stable_diffusion, tiny_unet
 
-from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, SpacingGrid, attach
+from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, Process, SpacingGrid, attach
 from fewstep.samplers.explicit import EXPLICIT, FACTS, REASONS, explicit_support, grid_adapter
 from fewstep.samplers.solver import scheduler_names
 
@@ -193,6 +193,25 @@ def test_a_grid_that_does_not_fit(name, options, grid, words):
     with pytest.raises(InputError, match=words) as caught:
         grid_adapter(make(name, **options), grid)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "options"),
+    [
+        ("DDIMScheduler", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("DDIMScheduler", "EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+        ("LCMScheduler", "DEISMultistepScheduler", {"use_exponential_sigmas": True}),
+        ("DDPMScheduler", "DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+        ("FlowMatchHeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    ],
+)
+def test_options_that_only_the_pipelines_scheduler_takes_change_nothing(name, own, options):
+    """``from_config`` keeps them in the solver's config."""
+    made = [getattr(diffusers, name).from_config(make(own, **given).config) for given in (options, {})]
+    assert made[0].config.items() >= options.items()
+    assert Process.from_scheduler(made[0]) == Process.from_scheduler(made[1])
+    states = [trajectory(explicit(scheduler, (900.0, 410.0, 30.0)), wavy) for scheduler in made]
+    assert torch.equal(*states)
 
 
 def test_the_negative_times_of_edm_are_a_grid():

@@ -256,6 +256,7 @@ class TestSolver:
         )
         configs = {name: part.config for name, part in SolverAxis.of(pipe, Plan()).choices}
         assert configs["dpmpp-2m"]["use_karras_sigmas"] is configs["unipc-2"]["use_karras_sigmas"] is False
+        assert configs["ddim"] == {"clip_sample": False}  # it takes no such option
 
     def test_nothing_is_clipped_that_the_pipeline_does_not_clip(self):
         pipe = tiny_unet(DDPMPipeline, DPMSolverMultistepScheduler(prediction_type="v_prediction"))
