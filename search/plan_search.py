@@ -175,7 +175,7 @@ class _Job:
         objective, setting = self.objective, self.setting
         network = next(iter(denoisers(self.pipe).values()))
         key = {
-            "pipe": type(self.pipe).__name__,
+            "pipeline": type(self.pipe).__name__,
             "weights": fingerprint(network),
             "base": plan_key(self.space.base),
             "space": [axis.name for axis in self.space.axes],

@@ -86,7 +86,7 @@ def write_search_report(path: str | Path, found: Found) -> Path:
     page = page_template("search.html", Path(__file__).parent).render(
         found=found,
         title=f"Search of few steps on {found.settings.get('pipe') or 'a pipeline'}",
-        leading=[(name, text) for name, text in _settings(found) if name.split(".")[0] in LEADING],
+        leading=[(name, text) for name, text in _settings(found) if text and name.split(".")[0] in LEADING],
         settings=_settings(found),
         took=_duration(found.seconds),
         verdict=_verdict(found),
