@@ -92,7 +92,7 @@ class Attachment:
 
     def _wrap(self, run: Run) -> SchedulerState:
         grid = None if run.timesteps is None else grid_adapter(run.scheduler, run.timesteps)
-        state = wrap_scheduler(run.scheduler, grid)
+        state = wrap_scheduler(run.scheduler, grid, by_number="num_inference_steps" in run.call_arguments)
         if grid is not None:
             run.scheduler.set_timesteps(len(grid.timesteps))
         return state

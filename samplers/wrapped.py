@@ -2,7 +2,9 @@
 
 The wrapper is a subclass made for one attachment. These things are added to diffusers' class:
 
-* ``set_timesteps`` puts the plan's explicit grid in place, whatever the pipeline asks for.
+* ``set_timesteps`` puts the plan's explicit grid in place, whatever the pipeline asks for: also one that hands over
+  sigmas of its own (Flux, Qwen-Image) to a scheduler that takes none. On a plan's spacing such a scheduler goes by
+  their number.
 * Some pipelines (``DiTPipeline``, ``DDIMPipeline``, ``DDPMPipeline``) start from plain unit noise and never ask for
   ``init_noise_sigma``; Euler's family, which keeps x/alpha, then samples noise. The wrapper notices that the
   pipeline did not ask, and converts between the network's x and the scheduler's around each step.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,11 +35,13 @@ class SchedulerState:
     Attributes:
         grid: the explicit grid that runs, or None.
         call: the call of the pipeline that runs, or None.
+        by_number: whether the plan says how many steps there are, and sigmas of the pipeline's own no more than that.
         native: whether the pipeline itself brings samples into the scheduler's state space.
     """
 
-    def __init__(self, scheduler: Any, grid: GridAdapter | None) -> None:
+    def __init__(self, scheduler: Any, grid: GridAdapter | None, by_number: bool) -> None:
         self.grid = self._plan_grid = grid
+        self.by_number = by_number
         self.call: Call | None = None
         self.scales = hasattr(scheduler, "scale_model_input") and hasattr(scheduler, "init_noise_sigma")
         self.native = False
@@ -50,8 +54,16 @@ class SchedulerState:
         self.native = False
 
 
-def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None) -> SchedulerState:
-    """Gives ``scheduler`` its wrapping subclass, in place, and returns the wrapper's state.
+def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None, by_number: bool = False) -> SchedulerState:
+    """Gives ``scheduler`` its wrapping subclass, in place.
+
+    Args:
+        scheduler: the scheduler.
+        grid: the explicit grid that it runs, or None.
+        by_number: whether sigmas that it does not take stand for their number, where it runs a grid of its own.
+
+    Returns:
+        The wrapper's state.
 
     Raises:
         InputError: when its step takes the time at another place than other schedulers do (CogVideoX's DPM).
@@ -63,13 +75,13 @@ def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None) -> Scheduler
             f"{base.__name__} takes ({', '.join(arguments[1:])}) in its step, which no plan can follow; give the plan "
             "another solver"
         )
-    state = SchedulerState(scheduler, grid)
+    state = SchedulerState(scheduler, grid, by_number)
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    body["set_timesteps"] = _wrapped_set_timesteps(base, state)
+    body["set_timesteps"] = _SetTimesteps(base, state)
     body["step"] = _wrapped_step(base, state)
     if hasattr(base, "add_noise"):
         body["add_noise"] = _wrapped_add_noise(base, state)
@@ -80,17 +92,41 @@ def wrap_scheduler(scheduler: Any, grid: GridAdapter | None = None) -> Scheduler
     return state
 
 
-def _wrapped_set_timesteps(base: Any, state: SchedulerState) -> Callable[..., None]:
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        original = functools.partial(base.set_timesteps, self)
-        if state.grid is None:
-            original(*args, **kwargs)
-        else:
-            bound = inspect.signature(base.set_timesteps).bind_partial(self, *args, **kwargs)
-            state.grid.set_timesteps(original, bound.arguments.get("device"))
+class _SetTimesteps:
+    """The method ``set_timesteps``; pipelines look at its signature before they hand over a list."""
 
-    return set_timesteps
+    def __init__(self, base: Any, state: SchedulerState) -> None:
+        self.base, self.state = base, state
+        self.known = inspect.signature(base.set_timesteps).parameters
+
+    def __get__(self, scheduler: Any, owner: Any = None) -> Callable[..., None]:
+        if scheduler is None:
+            return cast(Callable[..., None], self.base.set_timesteps)
+        original: Callable[..., None] = functools.partial(self.base.set_timesteps, scheduler)
+        if self.state.grid is not None:
+            return functools.partial(self._listed, self.state.grid, original)
+        if self.state.by_number and "sigmas" not in self.known:
+            return functools.partial(self._counted, original)
+        return original
+
+    def _listed(
+        self,
+        grid: GridAdapter,
+        original: Callable[..., None],
+        num_inference_steps: Any = None,
+        device: Any = None,
+        *others: Any,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        **options: Any,
+    ) -> None:
+        grid.set_timesteps(original, device)
+
+    def _counted(self, original: Callable[..., None], *args: Any, sigmas: Any = None, **options: Any) -> None:
+        if sigmas is None:
+            original(*args, **options)
+        else:
+            original(len(sigmas), **{name: value for name, value in options.items() if name in self.known})
 
 
 def _wrapped_add_noise(base: Any, state: SchedulerState) -> Callable[..., Tensor]:

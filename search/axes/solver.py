@@ -15,7 +15,7 @@ from ...samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, Process
 from ...samplers.explicit_base import WARPS
 from ...samplers.schedules import FlowSchedule
 from ..space import AXES
-from .steps import call_options, prepared
+from .steps import prepared
 
 Choices = tuple[tuple[str, DiffusersSolver], ...]
 "Solvers by the names that trials know them by."
@@ -162,9 +162,6 @@ def _suited(pipe: Any, part: DiffusersSolver, process: Process) -> DiffusersSolv
         part = part.model_copy(update={"config": part.config | own})
         run = prepared(pipe, Plan(solver=part, grid=ExplicitGrid(timesteps=(middle,))))
     except InputError:
-        return None
-    hands_sigmas = pipe.scheduler.config.get("use_dynamic_shifting") and "sigmas" in call_options(pipe)
-    if hands_sigmas and "sigmas" not in inspect.signature(type(run.scheduler).set_timesteps).parameters:
         return None
     same = math.isclose(float(run.process.log_snr(middle)), float(process.log_snr(middle)), abs_tol=1e-4)
     return part if same and run.process.prediction == process.prediction else None

@@ -1,5 +1,7 @@
 """Explicit grids: what is listed is what runs, with the true coefficients between the points."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny import call_arguments, tiny_sd3, tiny_stable_diffusion, tiny_unet
+from tiny import call_arguments, tiny_qwen, tiny_sd3, tiny_stable_diffusion, tiny_unet
 
 from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, Process, SpacingGrid, attach
 from fewstep.samplers.explicit import grid_adapter
@@ -151,6 +153,33 @@ def test_flow_sigmas_on_multistep_solvers(scheduler):
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     else:  # UniPC corrects even at order 1: same grid, another method
         assert (results[0] - results[1]).abs().max() < 0.2
+
+
+def flow_multistep(**options):
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 1}
+    return DiffusersSolver(scheduler="DPMSolverMultistepScheduler", config=flow | options)
+
+
+@pytest.mark.parametrize("grid", [ExplicitGrid(timesteps=(990, 640, 250)), SpacingGrid(steps=3)])
+def test_a_pipeline_that_hands_over_sigmas_runs_a_solver_that_takes_none(grid):
+    """Order 1 is Euler of the flow; on a spacing each has a grid of its own."""
+    pipe, listed = tiny_qwen(), isinstance(grid, ExplicitGrid)
+    images, times = [], []
+    for solver in (None, flow_multistep()):
+        with attach(pipe, Plan(solver=solver, grid=grid)) as handle:
+            parameters = inspect.signature(pipe.scheduler.set_timesteps).parameters
+            assert "sigmas" in parameters
+            assert not listed or "timesteps" in parameters
+            images.append(pipe(**call_arguments(pipe)).images)
+            times.append([step.timestep for step in handle.stats.steps])
+    if listed:
+        assert times == [list(grid.timesteps)] * 2
+        torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+    assert len(times[1]) == 3
+    with attach(pipe, Plan(solver=flow_multistep())):
+        assert "sigmas" not in inspect.signature(pipe.scheduler.set_timesteps).parameters
+        with pytest.raises(ValueError, match="does not support custom sigmas"):
+            pipe(**call_arguments(pipe), sigmas=[1.0, 0.5])
 
 
 def test_img2img_noise_on_a_grid_with_fractions():
