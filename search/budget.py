@@ -56,11 +56,16 @@ class BudgetMetric:
     needs: tuple[str, ...] = ()
 
 
-def _relative_error(samples: Tensor, others: Tensor, judges: Judges) -> Estimate:
+def relative_errors(samples: Tensor, others: Tensor) -> Tensor:
+    """L2 distance of samples (n, ...) to others over the norm of the others, float64 (n,)."""
     norms = [
         (pair - other).double().norm() / other.double().norm() for pair, other in zip(samples, others, strict=True)
     ]
-    return mean_estimate(torch.stack(norms))
+    return torch.stack(norms)
+
+
+def _relative_error(samples: Tensor, others: Tensor, judges: Judges) -> Estimate:
+    return mean_estimate(relative_errors(samples, others))
 
 
 def _psnr(samples: Tensor, others: Tensor, judges: Judges) -> Estimate:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..eval.conditions import Conditions
-from ..eval.jackknife import Estimate
-from ..eval.metrics import KINDS, WHY_NOT, HeldImages, Sample, unmet_need
+from ..eval.jackknife import BLOCKS, Estimate, mean_jackknife
+from ..eval.metrics import KINDS, WHY_NOT, HeldImages, Sample, needed, unmet_need
+from ..eval.paired import psnr, ssim
 from ..eval.quantise import to_uint8
 from ..eval.timing import WARMUPS, Spread, count_flops, timed
 from ..samplers import Plan
 from ..samplers.errors import InputError
 from ..samplers.stats import Stats
-from .budget import METRICS, Judges
+from .budget import Judges, relative_errors
 from .cache import Call
 from .objective import LEAST_IMAGES, PAIRED, RELATIVE_ERROR, Objective, check_quantity
 from .runs import Run, batches, running
@@ -31,6 +32,14 @@ KEPT_PLANS = 4
 
 REPEATS = 5
 "Calls behind a latency, after the warm-up."
+
+PAIRS: Mapping[str, Callable[[Sample], Tensor]] = {
+    "psnr": lambda sample: sample.pairs(psnr),
+    "ssim": lambda sample: sample.pairs(ssim),
+    "lpips": lambda sample: sample.pairs(needed(sample.lpips)),
+    "feature_distance": lambda sample: sample.feature_distances,
+}
+"""Of each image its paired quality, (n,). A bench has the mean alone; here its replicates tell two plans apart."""
 
 
 class CandidateError(Exception):
@@ -52,8 +61,8 @@ class Measured:
     Attributes:
         plan: the plan.
         n: number of images.
-        values: the quality and every other one that was asked for; a `Jackknife` can be paired with that of another
-            plan on the same numbers.
+        values: the quality and every other one that was asked for; each is a `Jackknife`, which can be paired with that
+            of another plan on the same numbers.
         costs: ``nfe`` (network rows per image), and ``flops`` and ``latency_s`` of one image where asked for.
     """
 
@@ -290,14 +299,14 @@ class Measurer:
 
     def _judged(self, held: _Held, n: int, teacher: _Held | None) -> Measured:
         sample = self._sample(held, n, None if teacher is None else self._sample(teacher, n, None))
-        values = {
-            name: KINDS[name].estimate(sample)
-            for name in self._quantities
-            if name in KINDS and (teacher is not None or name not in PAIRED)
-        }
-        if RELATIVE_ERROR in self._quantities and teacher is not None:
-            pairs = (held.kept["samples"][:n], teacher.kept["samples"][:n])
-            values[RELATIVE_ERROR] = METRICS[RELATIVE_ERROR].measure(*pairs, self._judges)
+        values: dict[str, Estimate] = {}
+        for name in self._quantities:
+            if name not in PAIRED and name in KINDS:
+                values[name] = KINDS[name].estimate(sample)
+            elif name in PAIRED and teacher is not None:
+                both = (held.first("samples", n), teacher.first("samples", n))
+                each = relative_errors(*map(needed, both)) if name == RELATIVE_ERROR else PAIRS[name](sample)
+                values[name] = mean_jackknife(each, min(BLOCKS, n // 2))
         return Measured(held.plan, n, values, {"nfe": held.kept["nfe"][:n].mean().item()} | held.single)
 
     def _sample(self, held: _Held, n: int, reference: Sample | None) -> Sample:

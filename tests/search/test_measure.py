@@ -15,8 +15,8 @@ from fewstep.eval.score import Scorer
 from fewstep.eval.timing import WARMUPS, count_flops
 from fewstep.samplers import ConstantGuidance, InputError, Plan, SpacingGrid, attach
 from fewstep.search.budget import Judges
-from fewstep.search.measure import KEPT_PLANS, REPEATS, CandidateError, Measurer
-from fewstep.search.objective import Limit, Objective
+from fewstep.search.measure import KEPT_PLANS, PAIRS, REPEATS, CandidateError, Measurer
+from fewstep.search.objective import PAIRED, RELATIVE_ERROR, Limit, Objective
 
 TEACHER = Plan(grid=SpacingGrid(steps=5, spacing="trailing"))
 PRINT = "0" * 64
@@ -79,7 +79,9 @@ def test_values_are_those_of_a_bench_on_the_same_seeds(tmp_path):
     assert set(found.values) == set(kinds)
     for kind, value in found.values.items():
         metric = scores.metrics[scorer.name(kind)]
-        assert (value.value, value.se) == pytest.approx((metric.value, metric.se), rel=1e-5), kind
+        assert value.value == pytest.approx(metric.value, rel=1e-5), kind
+        if kind not in PAIRED:  # a bench has the deviation of the images, not of blocks of them
+            assert value.se == pytest.approx(metric.se, rel=1e-5), kind
     assert found.costs == {"nfe": scores.nfe}
 
 
@@ -180,13 +182,41 @@ def test_relative_errors_are_of_what_the_pipeline_returns():
         return one | {"generator": generators(numbers), "output_type": "latent", "guidance_scale": 1.0}
 
     found = measurer(pipe, "relative_error", call, teacher=plans[1], rungs=(4,)).measure(plans[0], 4)
+    assert found.values["relative_error"].sizes == (2, 2)
     latents = []
     for plan in plans:
         with attach(pipe, plan):
             latents.append(pipe(**call(range(4))).images.flatten(1).double())
     errors = (latents[0] - latents[1]).norm(dim=1) / latents[1].norm(dim=1)
     assert found.values["relative_error"].value == pytest.approx(errors.mean().item(), rel=1e-5)
-    assert found.values["relative_error"].se == pytest.approx(errors.std().item() / 2, rel=1e-5)
+    halves = errors.unflatten(0, (2, 2)).mean(1)
+    assert found.values["relative_error"].se == pytest.approx(halves.std().item() / math.sqrt(2), rel=1e-5)
+
+
+def test_paired_qualities_of_two_plans_differ_by_what_their_images_do():
+    """The difference has the error of the blocks' differences, whatever the plans have in common."""
+    found = measurer(tiny_unet(), "psnr", teacher=TEACHER, also=tuple(PAIRED - {"lpips", "ssim"}), rungs=(8, 40))
+    pairs = [found.measure(steps(count), 40).values for count in (2, 3)]
+    assert {*PAIRS, RELATIVE_ERROR} == PAIRED
+    for name in pairs[0]:
+        ours, theirs = (values[name] for values in pairs)
+        assert ours.sizes == (2,) * 20
+        gap = paired_difference(ours, theirs)
+        assert gap.value == pytest.approx(ours.value - theirs.value)
+        blocks = [[40 * each.value - 38 * rest for rest in each.replicates] for each in (ours, theirs)]
+        differences = (torch.tensor(blocks[0], dtype=torch.float64) - torch.tensor(blocks[1])) / 2
+        assert gap.se == pytest.approx(differences.std().item() / math.sqrt(20), rel=1e-3), name
+    samples = []
+    for plan in (steps(2), TEACHER):
+        pipe = tiny_unet()
+        with attach(pipe, plan):
+            batches = [
+                torch.as_tensor(pipe(**pixels(range(at, at + 4)), output_type="np").images) for at in range(0, 40, 4)
+            ]
+        samples.append(torch.cat(batches).double().flatten(1))
+    errors = (samples[0] - samples[1]).norm(dim=1) / samples[1].norm(dim=1)
+    rests = [errors[[row for row in range(40) if row // 2 != block]].mean().item() for block in range(20)]
+    assert pairs[0]["relative_error"].replicates == pytest.approx(rests, rel=1e-5)
 
 
 def test_a_guided_step_counts_two_rows():

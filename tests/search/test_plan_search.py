@@ -8,6 +8,7 @@ import pytest
 import torch
 from mixture import mixture_call, mixture_pipeline
 
+from fewstep.eval import paired_difference
 from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan
 from fewstep.search import Found, Limit, Objective, SearchSetting, Space, search, write_search_report
 from fewstep.search.measure import Measurer
@@ -102,14 +103,22 @@ def test_the_front_is_on_the_front_of_all_plans(pipe, setting):
 
 
 def test_nothing_is_chosen_on_the_samples_of_the_evidence(pipe, setting):
-    found = run(pipe, replace(setting, first_seed=7), baselines={"plain": TEACHER}, command="the command")
-    (own,) = found.plan.evidence
+    found = run(
+        pipe, replace(setting, first_seed=7), baselines={"plain": BASE, "other": TEACHER}, command="the command"
+    )
+    own, difference = found.plan.evidence
     assert own.seeds == (7 + PROOF, 7 + PROOF + 64)
     assert found.settings["fresh_seeds"] == (7 + FRESH, 7 + FRESH + 64)
-    (measured,) = brute_force(pipe, [found.plan.grid.timesteps], 64, PROOF)
-    assert own.value == error(measured)
-    assert own.command == "the command"
-    assert [candidate.title for candidate in found.baselines] == ["plain"]
+    both = brute_force(pipe, [found.plan.grid.timesteps, GRIDS[0]], 64, PROOF)
+    assert own.value == error(both[0])
+    gap = paired_difference(*(measured.values["relative_error"] for measured in both))
+    assert (difference.value, difference.se) == (gap.value, gap.se)
+    assert (difference.metric, difference.against) == ("relative_error difference", "plain")
+    assert own.command == difference.command == "the command"
+    assert [candidate.title for candidate in found.baselines] == ["plain", "other"]
+    on_fresh = brute_force(pipe, [GRIDS[0], found.plan.grid.timesteps], 64, FRESH)
+    gap = paired_difference(*(measured.values["relative_error"] for measured in on_fresh))
+    assert (found.baselines[0].gap.value, found.baselines[0].gap.se) == (gap.value, gap.se)
     assert found.plan.tuned_for.steps == 3
 
 
