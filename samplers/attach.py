@@ -24,6 +24,7 @@ from .network import denoisers, listening
 from .part import Run
 from .plan import Plan
 from .stats import Counter, Stats, count_images
+from .suited import check_solver
 from .wrapped import SchedulerState, wrap_scheduler
 
 
@@ -86,6 +87,8 @@ class Attachment:
         known = frozenset(self._signature.parameters)
         for part in plan.parts:
             part.prepare(run, known)
+        if plan.solver is not None:
+            check_solver(pipe.scheduler, run.scheduler)
         if plan.tuned_for is not None:
             plan.tuned_for.check(run, next(iter(self._denoisers.values())))
         return run
