@@ -8,13 +8,14 @@ from any pipeline's own call; `fewstep.distill.predict` uses them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..samplers.errors import InputError
 from ..samplers.files import read_tensors, write_tensors
@@ -171,16 +172,28 @@ class Condition:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """The condition on a device; what is floating point, and the samples for the network, in a dtype."""
 
-        def move(path: str, value: Any) -> Any:
-            if isinstance(value, list) and path:
-                return [move("", item) for item in value]
-            if not isinstance(value, Tensor):
-                return value
+        def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        moved = self._changed(lambda branch: row_trees.mapped(branch.inputs, move, branch.rowed))
+        moved = self._changed(lambda branch: tree_map_only(Tensor, move, dict(branch.inputs)))
         name = self.layout.dtype if dtype is None else str(dtype).removeprefix("torch.")
         return replace(moved, layout=replace(self.layout, dtype=name))
+
+    def without(self, dropped: Tensor) -> Condition:
+        """The condition in which the conditional branch of some samples is replaced by their unconditional one.
+
+        Args:
+            dropped: bool (B,), of which samples.
+
+        Raises:
+            InputError: when there is no unconditional branch, or it has another shape.
+        """
+        if dropped.dtype != torch.bool or dropped.shape != (self.count,):
+            raise InputError(f"dropped is bool ({self.count},); got {dropped.dtype} of shape {tuple(dropped.shape)}")
+        rowed = self.cond.rowed
+        both = row_trees.joined([self.cond.inputs, self.branch("uncond").inputs], rowed)
+        picks = torch.arange(self.count) + self.count * dropped.cpu()
+        return replace(self, cond=Branch(row_trees.picked(both, rowed, picks, 2 * self.count), rowed))
 
     def telling(self, **inputs: Any) -> Condition:
         """The condition with some arguments of the network replaced or added, in all branches.
@@ -253,7 +266,7 @@ class Condition:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
 
-    def _changed(self, change: Any) -> Condition:
+    def _changed(self, change: Callable[[Branch], Any]) -> Condition:
         """The condition with the inputs of its branches changed."""
 
         def of(branch: Branch) -> Branch:

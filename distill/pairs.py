@@ -1,0 +1,178 @@
+"""Pairs that a teacher makes: the noise that it began with, and the samples that it reached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from ..samplers import Plan
+from ..samplers.call import CallHook, Step
+from ..samplers.errors import InputError
+from ..samplers.files import write_tensors
+from ..samplers.fingerprint import fingerprint
+from ..samplers.network import denoisers
+from ..samplers.recording import record
+from .encoder import Encoder, Value
+
+SHARD = 256
+"Pairs in a file."
+
+
+class Pair(NamedTuple):
+    """Some pairs, float32 (B, ...): the state that the teacher began with, and the clean samples that it reached."""
+
+    start: Tensor
+    x0: Tensor
+
+
+class Pairs:
+    """Pairs of one teacher and plan, by number. Pair i has the seed ``seed + i`` and the value i mod their number.
+
+    On disk a pair takes ``pair_bytes``; a file holds 256.
+
+    Args:
+        encoder: of the pipeline; its arguments go into the teacher's call.
+        plan: how the teacher samples, guidance included.
+        values: prompts or labels; (None,) for a pipeline that takes neither.
+        folder: of the files.
+        count: number of pairs.
+        seed: of the first one.
+
+    Raises:
+        InputError: when the plan has a start part, whose samples begin from something else than noise, or the pipeline
+            does not take values of this sort.
+    """
+
+    def __init__(
+        self, encoder: Encoder, plan: Plan, values: Sequence[Value], folder: Path, count: int, seed: int = 0
+    ) -> None:
+        if plan.start is not None:
+            raise InputError(f"pairs begin from the pipeline's noise; remove the plan's start part {plan.start.type!r}")
+        if count < 1 or not values:
+            raise InputError(f"got {count} pairs of {len(values)} prompts or labels; give at least one of each")
+        encoder.check(values)
+        self.encoder, self.plan, self.values, self.folder = encoder, plan, tuple(values), folder
+        self.count, self.seed = count, seed
+        self._made_by = self._config()
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes on disk for one pair."""
+        return 2 * 4 * int(np.prod(self.encoder.layout.shape))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk for all of them."""
+        return self.count * self.pair_bytes
+
+    def value(self, item: int) -> Value:
+        """The prompt or label of a pair."""
+        return self.values[item % len(self.values)]
+
+    def make(
+        self, batch_size: int = 8, rank: int = 0, world: int = 1, progress: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Samples what is missing. An interrupted run goes on at the file at which it stopped; a larger count fills up.
+
+        Args:
+            batch_size: samples per call of the pipeline.
+            rank: number of this process.
+            world: number of processes.
+            progress: called with the number of pairs after each call.
+
+        Raises:
+            InputError: as `fewstep.samplers.attach`, when a sample is NaN, or a file cannot be written.
+        """
+        for shard in range(-(-self.count // SHARD))[rank::world]:
+            items = range(shard * SHARD, min(self.count, (shard + 1) * SHARD))
+            if self._path(shard).is_file() and len(self._read(shard, ...).x0) >= len(items):
+                continue
+            made: list[Pair] = []
+            for first in range(0, len(items), batch_size):
+                some = items[first : first + batch_size]
+                made.append(self._sample(some))
+                progress(len(some))
+            tensors = {name: torch.cat([getattr(pair, name) for pair in made]) for name in Pair._fields}
+            write_tensors(self._path(shard), tensors, {"made_by": self._header(shard)})
+
+    def get(self, items: Sequence[int]) -> Pair:
+        """Some of the pairs.
+
+        Raises:
+            InputError: when they are not made yet, or a file is damaged or foreign.
+        """
+        rows = [self._read(*divmod(item, SHARD)) for item in items]
+        return Pair(torch.stack([row.start for row in rows]), torch.stack([row.x0 for row in rows]))
+
+    def _sample(self, items: Sequence[int]) -> Pair:
+        watch = _Ends()
+        arguments = self.encoder.arguments([self.value(item) for item in items])
+        generators = [torch.Generator("cpu").manual_seed(self.seed + item) for item in items]
+        record(self.encoder.pipe, self.plan, arguments | {"generator": generators, "output_type": "np"}, watch)
+        ends = Pair(*(rows[: len(items)].float().cpu() for rows in (watch.start, watch.end)))
+        if not ends.x0.isfinite().all():
+            raise InputError(f"the teacher makes NaN or infinity of one of the seeds from {self.seed + items[0]} on")
+        return ends
+
+    def _read(self, shard: int, row: int | EllipsisType) -> Pair:
+        """One pair of a file, or all of them.
+
+        Raises:
+            InputError: when it is missing, damaged or foreign.
+        """
+        path = self._path(shard)
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; make the pairs first")
+        try:
+            with safetensors.safe_open(path, "pt") as stream:
+                if (stream.metadata() or {}).get("made_by") != self._header(shard):
+                    raise InputError(f"{path} was made by another teacher, plan or seed; delete it and make it again")
+                return Pair(*(stream.get_slice(name)[row] for name in Pair._fields))
+        except (safetensors.SafetensorError, IndexError) as error:
+            raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"pairs-{shard:05d}.safetensors"
+
+    def _header(self, shard: int) -> str:
+        return f"{self._made_by}-{shard}"
+
+    def _config(self) -> str:
+        """What decides about the pairs, as a hash."""
+        networks = {name: fingerprint(network) for name, network in denoisers(self.encoder.pipe).items()}
+        known = [
+            networks,
+            self.plan.model_dump(mode="json"),
+            self.encoder.call_kwargs,
+            self.encoder.kind,
+            self.values,
+            self.seed,
+        ]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+class _Ends(CallHook):
+    """Keeps the state before the first step, and after the last."""
+
+    start: Tensor
+    end: Tensor
+
+    def before_step(self, step: Step) -> None:
+        if not hasattr(self, "start"):
+            self.start = step.x.clone()
+
+    def after_step(self, step: Step) -> None:
+        assert step.x_next is not None
+        self.end = step.x_next
