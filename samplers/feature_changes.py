@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,11 +36,30 @@ def measure_changes(pipe: Any, plan: Plan, arguments: Mapping[str, Any]) -> tupl
     Raises:
         InputError: when a step-rehash cache cannot work on the pipeline, or the call leaves out timesteps.
     """
+
+    def run(watched: Plan) -> int:
+        with attach(pipe, watched):
+            pipe(**arguments)
+            return len(pipe.scheduler.timesteps)
+
+    return changes_in(run, plan)
+
+
+def changes_in(run: Callable[[Plan], int], plan: Plan) -> tuple[float, ...]:
+    """`measure_changes` in calls that somebody else makes.
+
+    Args:
+        run: samples by a plan, and returns the number of timesteps.
+        plan: how to sample; its caches do not run.
+
+    Returns:
+        One number less than there are timesteps.
+
+    Raises:
+        InputError: as `measure_changes`.
+    """
     watch = _Watch(found={})
-    with attach(pipe, plan.model_copy(update={"caches": (watch,)})) as handle:
-        pipe(**arguments)
-        steps = len(pipe.scheduler.timesteps)
-    assert handle.stats is not None
+    steps = run(plan.model_copy(update={"caches": (watch,)}))
     by_step: list[list[float]] = [[] for _ in range(steps - 1)]
     for (step, *_), changes in watch.found.items():
         by_step[step - 1].append(math.fsum(changes) / len(changes))

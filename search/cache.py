@@ -46,7 +46,7 @@ LADDERS: Registry[Ladder] = Registry("cache to calibrate")
 FRESH = 1 << 20
 "Numbers of fresh samples start here."
 
-MOST_RUNS = 30
+MOST_RUNS = 45
 "Trajectories of all samples that a calibration runs at the most; those of the few for the ladder count their share."
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..samplers import CachePart, InputError, Plan
 from ..samplers.block_mask import BlockMask
 from ..samplers.cross_attention_freeze import CrossAttentionFreeze
+from ..samplers.feature_changes import changes_in
 from ..samplers.gate import Gate
 from ..samplers.host_cache import HostCache
 from ..samplers.mask import Target
@@ -62,7 +63,7 @@ def rehash_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence
         return StepRehash(changes=changes, threshold=0.5, order=order)
 
     products = measure_products(plan, make(range(steps), 0), lambda name: True, steps, sample)
-    tries, costs = _measured(plan, make, products, steps, sample)
+    tries, costs = _measured(pipe, plan, make, products, steps, sample)
     return ladder_of(tries.whole_steps(make, costs))
 
 
@@ -76,7 +77,7 @@ def deep_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[C
     whole = make(range(steps), 0)
     last = list(whole.modules(pipe))[-1]
     products = measure_products(plan, whole, lambda name: name == last, steps, sample)
-    tries, costs = _measured(plan, make, products, steps, sample)
+    tries, costs = _measured(pipe, plan, make, products, steps, sample)
     return ladder_of(tries.whole_steps(make, costs))
 
 
@@ -97,7 +98,7 @@ def mask_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[C
     if len({name.partition(".")[0] for name in modules}) > 1:
         raise InputError("a block mask is calibrated for pipelines of one network; use the gate")
     products = measure_products(plan, whole, lambda name: True, steps, sample)
-    tries, costs = _measured(plan, make, products, steps, sample)
+    tries, costs = _measured(pipe, plan, make, products, steps, sample)
     by_module = {name: Costs(tables, costs.factors) for name, tables in products.items()}
     sizes = {name: _size(modules[name]) for name in products}
     rungs = tries.whole_steps(make, costs)
@@ -110,14 +111,28 @@ def mask_ladder(pipe: Any, plan: Plan, steps: int, sample: Sample) -> Sequence[C
     return ladder_of(rungs)
 
 
-def _measured(plan: Plan, make: Make, products: Products, steps: int, sample: Sample) -> tuple[Tries, Costs]:
+def _measured(pipe: Any, plan: Plan, make: Make, products: Products, steps: int, sample: Sample) -> tuple[Tries, Costs]:
     """What a choice of whole steps costs, and what tries it."""
 
     def single(step: int) -> CachePart:
         return make([other for other in range(steps) if other != step], 0)
 
     plain, factors = measure_factors(plan, single, products, steps, sample)
-    return Tries(plan, plain, sample), Costs(every_one(products), factors)
+    return Tries(plan, plain, sample, _changes(pipe, plan, steps, sample)), Costs(every_one(products), factors)
+
+
+def _changes(pipe: Any, plan: Plan, steps: int, sample: Sample) -> tuple[float, ...]:
+    """How much features change from step to step; none where no whole steps of the network can be left out."""
+    try:
+        StepRehash.suggest(pipe, steps)
+    except InputError:
+        return ()
+
+    def run(watched: Plan) -> int:
+        sample(watched)
+        return steps
+
+    return changes_in(run, plan)
 
 
 def _size(module: nn.Module) -> int:

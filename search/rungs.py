@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..samplers import CachePart, Plan
+from ..samplers.step_rehash import StepRehash
 from .cache_costs import Costs, Sample, squared_error, with_cache
 from .step_choice import LONGEST, cheapest_steps, longest_run, predicted, refined_steps
 
@@ -19,7 +20,7 @@ COUNTS = 20
 "Most numbers of steps for which a choice is tried."
 
 TRIED = 2
-"Choices of each number of steps that are tried, each of another order."
+"Choices of each number of steps that are tried for their prediction, each of another order."
 
 Make = Callable[[Sequence[int], int], CachePart]
 """From the steps that compute and the order of the forecast to the cache."""
@@ -48,11 +49,13 @@ class Tries:
         plan: without the cache.
         plain: the samples of the plan.
         sample: runs a plan.
+        changes: of the features from step to step, where they were measured.
     """
 
     plan: Plan
     plain: Tensor
     sample: Sample
+    changes: tuple[float, ...] = ()
 
     def rung(self, part: CachePart, share: float) -> Rung:
         """What a setting does that computes ``share`` of the work."""
@@ -60,14 +63,18 @@ class Tries:
 
     def whole_steps(self, make: Make, costs: Costs) -> list[Rung]:
         """Settings in which whole steps compute."""
-        return [self.rung(make(chosen, order), len(chosen) / costs.steps) for chosen, order in whole_steps(costs)]
+        tried = whole_steps(costs, self.changes)
+        return [self.rung(make(chosen, order), len(chosen) / costs.steps) for chosen, order in tried]
 
 
-def whole_steps(costs: Costs) -> list[tuple[tuple[int, ...], int]]:
-    """Choices of steps and orders that are worth a try: for each number of steps the best ones by prediction.
+def whole_steps(costs: Costs, changes: tuple[float, ...] = ()) -> list[tuple[tuple[int, ...], int]]:
+    """Choices of steps and orders that are worth a try, for each number of steps.
+
+    The best ones by prediction; and since a prediction may be wrong, the steps of equal change at every order.
 
     Args:
         costs: of all that the cache decides about.
+        changes: of the features from each step to the next; without them no steps of equal change are tried.
     """
     cheapest = {order: cheapest_steps(costs, order) for order in ORDERS}
     counts = [count for count in cheapest[0] if count < costs.steps]
@@ -82,7 +89,14 @@ def whole_steps(costs: Costs) -> list[tuple[tuple[int, ...], int]]:
             allowed = [chosen for chosen in choices if longest_run(chosen, costs.steps) <= LONGEST]
             best.append(min((predicted(costs, chosen, order), chosen, order) for chosen in allowed))
         found += [(chosen, order) for _, chosen, order in sorted(best)[:TRIED]]
-    return found
+        found += [(equal_change_steps(changes, count), order) for order in ORDERS if changes]
+    return list(dict.fromkeys(found))
+
+
+def equal_change_steps(changes: tuple[float, ...], count: int) -> tuple[int, ...]:
+    """At most so many steps, between which the changes of the features add up to much the same (`StepRehash`)."""
+    table = StepRehash(changes=changes, budget=count).table()
+    return tuple(step for step, (computes,) in enumerate(table) if computes)
 
 
 def even_steps(steps: int, count: int) -> tuple[int, ...]:

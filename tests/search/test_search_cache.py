@@ -8,11 +8,12 @@ import torch
 from mask_reference import newton
 from tiny import call_arguments, tiny_dit, tiny_stable_diffusion
 
-from fewstep.samplers import BlockMask, InputError, Plan, SpacingGrid, UNetDeep, attach
+from fewstep.samplers import BlockMask, InputError, Plan, SpacingGrid, StepRehash, UNetDeep, attach
+from fewstep.samplers.feature_changes import measure_changes
 from fewstep.search import LADDERS, Budget, Judges, cache_costs, search_cache
 from fewstep.search.cache import FRESH
 from fewstep.search.cache_costs import Costs, measure_factors, measure_products
-from fewstep.search.rungs import Rung, even_steps, ladder_of, whole_steps
+from fewstep.search.rungs import Rung, equal_change_steps, even_steps, ladder_of, whole_steps
 from fewstep.search.step_choice import (
     APART,
     LONGEST,
@@ -212,7 +213,49 @@ def test_rungs_reuse_more_and_more(cache):
     ]
     assert errors == sorted(errors)
     assert len(ladder) >= 3
-    assert len(runs) <= 2 + (STEPS - 1) * 3 + 8
+    assert len(runs) <= 3 + (STEPS - 1) * 6 + 8
+
+
+@pytest.mark.parametrize("cache", ["block-mask", "step-rehash", "unet-deep"])
+def test_a_ladder_is_as_good_as_steps_of_equal_change(cache):
+    """At each number of steps and each order, on the samples that it was built on."""
+    pipe = tiny_stable_diffusion(layers=2) if cache == "unet-deep" else tiny_dit(layers=2)
+    plan, sample = Plan(grid=SpacingGrid(steps=STEPS)), sample_of(pipe)
+    plain = sample(plan)
+
+    def error(part):
+        samples = sample(plan.model_copy(update={"caches": (part,)}))
+        return float((samples - plain).double().square().mean())
+
+    def by_hand(chosen, order):
+        if cache == "unet-deep":
+            return UNetDeep(steps=chosen, order=order)
+        if cache == "step-rehash":
+            return StepRehash(changes=[step in chosen for step in range(1, STEPS)], threshold=0.5, order=order)
+        targets = ("attention", "cross-attention", "mlp")
+        return BlockMask(rows=["01"[step in chosen] for step in range(STEPS)], targets=targets, order=order)
+
+    def share(part):
+        table = part.steps if cache == "unet-deep" else [each for row in part.table() for each in row]
+        return len(table) / STEPS if cache == "unet-deep" else sum(table) / len(table)
+
+    changes = measure_changes(pipe, plan, call_of(pipe)(range(2)))
+    ladder = [(share(part), error(part)) for part in LADDERS[cache](pipe, plan, STEPS, sample)]
+    for count in range(1, STEPS):
+        table = StepRehash(changes=changes, budget=count).table()
+        chosen = tuple(step for step, (computes,) in enumerate(table) if computes)
+        assert equal_change_steps(changes, count) == chosen
+        for order in (0, 1, 2):
+            assert min(got for work, got in ladder if work <= count / STEPS) <= error(by_hand(chosen, order))
+
+
+def test_steps_of_equal_change_are_tried_at_every_order():
+    costs, changes = Walk(2, steps=12).costs, tuple(range(1, 12))
+    tried = whole_steps(costs, changes)
+    assert set(whole_steps(costs)) < set(tried)
+    for count in range(3, 12):
+        assert {(equal_change_steps(changes, count), order) for order in (0, 1, 2)} <= set(tried)
+    assert equal_change_steps((1.0,) * 11, 6) == (0, 2, 4, 6, 8, 10)
 
 
 @pytest.mark.parametrize(
