@@ -39,7 +39,7 @@ class State:
         identity: what the run that resumes must have in common, as JSON.
         counters: how far the run is; ``turn`` is the position in the data.
         roles: the tensors of all roles.
-        optimisers: moments, by role.
+        optimisers: moments, by role; roles that were not updated yet are left out.
         scaler: of the gradients in float16, as JSON; empty without one.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,8 @@ class Loop:
             self.checkpoints.sweep()
             self._log.cut(self.counters.step)
         accelerator.init_trackers(options.tracker_project_name, tracked_settings(options.model_dump()))
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         stopped = None
-        with torch.random.fork_rng(devices=devices), StopRequest() as request:
+        with self._own_generators(), StopRequest() as request:
             saved = chosen
             while self.counters.step < options.max_train_steps and not stopped:
                 before = self.counters.step
@@ -116,6 +116,20 @@ class Loop:
                     saved = self._save()
         assert saved is not None
         return Outcome(self.counters.step, saved, stopped)
+
+    def _own_generators(self) -> AbstractContextManager[None]:
+        """Leaves torch's global generators as they were at the start of the block."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return torch.random.fork_rng(devices=[])
+        return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+    def _seed(self, seed: int) -> None:
+        """Seeds torch's global generators; ``torch.manual_seed`` also asks for those of absent devices."""
+        torch.default_generator.manual_seed(seed)
+        device = self.accelerator.device
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
 
     def _resume(self, path: Path) -> None:
         saved = load(path)
@@ -163,7 +177,7 @@ class Loop:
         means: dict[str, Tensor] = {}
         for micro in range(options.gradient_accumulation_steps):
             block = micro * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(seed_of(options.seed, self.counters.turn, "block", block))
+            self._seed(seed_of(options.seed, self.counters.turn, "block", block))
             moment = self._moment(updates, block)
             batch = self.source.batch(self.counters.turn, moment.positions)
             for loss in self._losses(batch, moment):
@@ -249,7 +263,7 @@ class Loop:
             },
             counters=self.counters,
             roles=self.roles.state(),
-            optimisers={role: optimiser.state() for role, optimiser in self.optimisers.items()},
+            optimisers={role: tensors for role, each in self.optimisers.items() if (tensors := each.state())},
             scaler={} if scaler is None else scaler.state_dict(),
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from importlib import import_module
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -108,7 +109,6 @@ def _optimiser_class(options: LoopOptions) -> Any:
     if options.optimizer != "adamw":
         raise InputError(f"--use_8bit_adam is for --optimizer adamw, not {options.optimizer}; leave one of them out")
     try:
-        import bitsandbytes
+        return import_module("bitsandbytes").optim.AdamW8bit
     except ImportError:
         raise InputError("--use_8bit_adam needs the package bitsandbytes; install it or leave the flag out") from None
-    return cast(Any, bitsandbytes).optim.AdamW8bit

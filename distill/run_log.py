@@ -83,7 +83,8 @@ def make_accelerator(options: LoopOptions, cpu: bool = False) -> Accelerator:
         cpu: whether to stay on the CPU.
 
     Raises:
-        InputError: for a tracker that accelerate does not know or that is not installed.
+        InputError: for a tracker that accelerate does not know or that is not installed, and a precision that the
+            device does not have or that is not what this process began with.
     """
     names = [] if options.report_to == "none" else options.report_to.split(",")
     available = [tracker.value for tracker in get_available_trackers()]
@@ -93,12 +94,15 @@ def make_accelerator(options: LoopOptions, cpu: bool = False) -> Accelerator:
                 f"--report_to {name} is no tracker that is installed; "
                 f"install its package or take one of: {', '.join([*available, 'all', 'none'])}"
             )
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=options.mixed_precision,
-        log_with=names or None,
-        project_dir=options.output_dir,
-    )
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=options.mixed_precision,
+            log_with=names or None,
+            project_dir=options.output_dir,
+        )
+    except ValueError as error:
+        raise InputError(f"--mixed_precision {options.mixed_precision}: {error}") from error
 
 
 def tracked_settings(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool]:

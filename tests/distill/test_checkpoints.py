@@ -4,11 +4,10 @@ import os
 
 import pytest
 import torch
-from toy_method import Toy, ToyRoles, ToySource, options, train
+from toy_method import Toy, ToyRoles, ToySource, fresh_accelerator, options, train
 
 from fewstep.distill.checkpoints import Checkpoints
 from fewstep.distill.loop import Loop
-from fewstep.distill.run_log import make_accelerator
 from fewstep.samplers.errors import InputError
 
 
@@ -53,7 +52,7 @@ def test_older_checkpoints_go_when_the_new_one_is_there(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_spares_the_older_checkpoints(run, monkeypatch, after):
     before = {path: path.read_bytes() for path in run.glob("checkpoint-*/*")}
     settings = options(run, 6, resume_from_checkpoint="latest")
-    loop = Loop(Toy(), ToyRoles(), ToySource(), settings, make_accelerator(settings, cpu=True))
+    loop = Loop(Toy(), ToyRoles(), ToySource(), settings, fresh_accelerator(settings))
     calls = iter(range(1000))
     sync = os.fsync
 

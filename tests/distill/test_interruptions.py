@@ -121,10 +121,6 @@ def test_sigterm_from_outside(tmp_path, whole):
 def one_of_two(rank, folder, settings, method, stop_at):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
     def before(turn):
         if turn == stop_at and rank == 1:

@@ -7,12 +7,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from tiny import tiny_unet
 from torch import nn
-from toy_method import TRUTH, WIDTH, Toy, ToyRoles, ToySource, options, train
+from toy_method import TRUTH, WIDTH, Toy, ToyRoles, ToySource, fresh_accelerator, options, train
 
 from fewstep.distill.loop import Loop
+from fewstep.distill.lora import LoraSetting
 from fewstep.distill.method import METHODS, Loss, Moment
 from fewstep.distill.optimisers import RoleOptimiser
+from fewstep.distill.role_kinds import Adapter, Base, Ema, FullCopy
+from fewstep.distill.roles import Roles
 from fewstep.distill.run_log import make_accelerator
 from fewstep.samplers.errors import InputError
 
@@ -64,7 +68,7 @@ def test_it_learns_what_the_method_says(tmp_path):
 def test_each_role_makes_its_own_number_of_updates(tmp_path):
     roles = ToyRoles()
     settings = options(tmp_path, 3)
-    loop = Loop(Toy(fakes=5), roles, ToySource(), settings, make_accelerator(settings, cpu=True))
+    loop = Loop(Toy(fakes=5), roles, ToySource(), settings, fresh_accelerator(settings))
     loop.run()
     steps = {role: loop.optimisers[role].state()["weight/step"].item() for role in ("student", "fake")}
     assert steps == {"student": 3, "fake": 15}
@@ -181,6 +185,15 @@ def test_a_signal_checkpoints_first(tmp_path, number):
     assert_same(whole, again)
 
 
+def test_a_signal_before_the_first_update_of_the_student(tmp_path):
+    whole, _ = train(options(tmp_path / "whole", 2))
+    settings = options(tmp_path / "cut", 2)
+    _, outcome = train(settings, before=lambda turn: os.kill(os.getpid(), signal.SIGTERM) if turn == 0 else None)
+    assert outcome.checkpoint == tmp_path / "cut" / "checkpoint-0"
+    again, _ = train(settings.model_copy(update={"resume_from_checkpoint": "latest"}))
+    assert_same(whole, again)
+
+
 def test_a_longer_run_goes_on_and_its_log_has_each_update_once(tmp_path):
     whole, _ = train(options(tmp_path / "whole", 6))
     train(options(tmp_path / "parts", 3))
@@ -239,11 +252,40 @@ def test_forward_passes_run_in_the_precision_asked_for(tmp_path):
     assert tensors["student.weight"].dtype == torch.float32
 
 
+def scaled(settings, scale, noise=0.1):
+    accelerator = fresh_accelerator(settings)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    roles = ToyRoles()
+    return Loop(Toy(noise=noise), roles, ToySource(), settings, accelerator), roles
+
+
+def test_scaled_gradients_are_unscaled_once_for_each_role(tmp_path):
+    plain, _ = train(options(tmp_path / "plain", 6))
+    loop, roles = scaled(options(tmp_path / "scaled", 6), 2.0**10)
+    loop.run()
+    assert_same(plain, roles.state(), 1e-5)
+
+
+def test_an_overflow_skips_the_update_and_the_scale_is_resumed(tmp_path):
+    loop, roles = scaled(options(tmp_path / "whole", 6), 2.0**127, noise=5.0)
+    before = roles.state()
+    loop.run()
+    assert log_of(tmp_path / "whole")[0]["grad_norm/student"] is None
+    assert not torch.equal(before["student.weight"], roles["student"].weight)
+    assert loop.accelerator.scaler.get_scale() < 2.0**127
+    scaled(options(tmp_path / "parts", 3), 2.0**127, noise=5.0)[0].run()
+    again, others = scaled(options(tmp_path / "parts", 6, resume_from_checkpoint="latest"), 1.0, noise=5.0)
+    again.run()
+    assert_same(roles.state(), others.state())
+    assert again.accelerator.scaler.get_scale() == loop.accelerator.scaler.get_scale()
+
+
 def test_the_generators_of_the_user_are_left_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(3)
+    roles = ToyRoles()
     torch.manual_seed(3)
-    train(options(tmp_path, 2))
+    train(options(tmp_path, 2), roles=roles)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -287,9 +329,60 @@ def test_trackers_get_what_the_log_gets(tmp_path):
     assert tracker.settings["max_train_steps"] == 2
 
 
+class Unet(Toy):
+    """An adapter and its average on a U-Net, a critic that is a copy of it."""
+
+    def losses(self, batch, roles, moment):
+        times = torch.zeros(len(batch))
+        with roles.use("student") as network:
+            made = network(batch, times).sample
+        if "student" in moment.updates:
+            with roles.use("target", grad=False) as network:
+                wanted = network(0.9 * batch, times).sample
+            yield Loss("match", "student", (made - wanted - batch).square().mean((1, 2, 3)))
+        with roles.use("fake") as network:
+            yield Loss("follow", "fake", (network(batch, times).sample - made.detach()).square().mean((1, 2, 3)))
+
+
+def unet_roles(checkpointing):
+    torch.manual_seed(4)
+    unet = tiny_unet().unet
+    lora = LoraSetting(rank=2, alpha=4.0, dropout=0.3)
+    roles = Roles(unet, {"student": Adapter(lora), "target": Ema("student"), "fake": FullCopy(), "teacher": Base()})
+    if checkpointing:
+        roles.enable_gradient_checkpointing()
+    return roles
+
+
+def train_unet(folder, steps, checkpointing=False, **changes):
+    settings, roles = options(folder, steps, train_batch_size=2, **changes), unet_roles(checkpointing)
+    images = ToySource(width=(1, 8, 8))
+    Loop(Unet(), roles, images, settings, fresh_accelerator(settings)).run()
+    return roles.state()
+
+
+def test_roles_of_a_network_resume_bit_for_bit(tmp_path):
+    whole = train_unet(tmp_path / "whole", 3)
+    train_unet(tmp_path / "parts", 2)
+    assert_same(whole, train_unet(tmp_path / "parts", 3, resume_from_checkpoint="latest"))
+    start = unet_roles(False).state()
+    assert all(not torch.equal(start[name], whole[name]) for name in start if "lora_A" in name)
+    assert {name.split("/")[0] for name in start} == {"student", "target", "fake"}
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    assert_same(train_unet(tmp_path / "plain", 2), train_unet(tmp_path / "again", 2, checkpointing=True), 1e-6)
+
+
 def test_a_tracker_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="--report_to tensorbord is no tracker that is installed; install its package"):
         make_accelerator(options(tmp_path, report_to="tensorbord"))
+
+
+def test_a_precision_that_this_process_cannot_have_any_more_is_refused(tmp_path):
+    fresh_accelerator(options(tmp_path, mixed_precision="no"))
+    with pytest.raises(InputError, match="--mixed_precision bf16: AcceleratorState has already been initialized"):
+        make_accelerator(options(tmp_path, mixed_precision="bf16"), cpu=True)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):

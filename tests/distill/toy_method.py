@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 from fewstep.distill.loop import Loop, Outcome
@@ -107,9 +109,16 @@ def train(
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Final tensors of all roles, and how the run ended."""
     roles = roles or ToyRoles()
-    loop = Loop(method or Toy(), roles, ToySource(before), settings, make_accelerator(settings, cpu=True), **more)
+    loop = Loop(method or Toy(), roles, ToySource(before), settings, fresh_accelerator(settings), **more)
     outcome = loop.run()
     return roles.state(), outcome
+
+
+def fresh_accelerator(settings: LoopOptions) -> Accelerator:
+    """An accelerator that knows nothing of earlier ones in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return make_accelerator(settings, cpu=True)
 
 
 def die() -> None:
