@@ -72,17 +72,19 @@ def export_lora(
     if kind == "peft":
         paths = _write_peft(lora, tensors, folder)
     else:
-        paths = (_write_diffusers(component, lora, tensors, folder),)
+        paths = [_write_diffusers(component, lora, tensors, folder)]
     if kohya:
-        paths = (*paths, _write_kohya(component, lora, tensors, folder))
-    return LoraFiles(paths, *_LOADING[kind](component))
+        paths.append(_write_kohya(component, lora, tensors, folder))
+    imports, load = _LOADING[kind]
+    return LoraFiles(tuple(paths), imports, load.format(component))
 
 
 _LOADING = {
-    "pipeline": lambda name: ("", 'pipe.load_lora_weights("FOLDER")'),
-    "network": lambda name: ("", f'pipe.{name}.load_lora_adapter("FOLDER", prefix="{name}")'),
-    "peft": lambda name: ("from peft import PeftModel", f'PeftModel.from_pretrained(pipe.{name}, "FOLDER")'),
+    "pipeline": ("", 'pipe.load_lora_weights("FOLDER")'),
+    "network": ("", f'pipe.{{0}}.load_lora_adapter("FOLDER", weight_name="{DIFFUSERS_FILE}", prefix="{{0}}")'),
+    "peft": ("from peft import PeftModel", 'PeftModel.from_pretrained(pipe.{0}, "FOLDER")'),
 }
+"Of each kind of loading the imports and the call; {0} is the network's name in the pipeline."
 
 
 def _kind(pipe: Any, component: str) -> str:
@@ -118,11 +120,11 @@ def _write_diffusers(component: str, lora: Lora, tensors: dict[str, Tensor], fol
     return path
 
 
-def _write_peft(lora: Lora, tensors: dict[str, Tensor], folder: Path) -> tuple[Path, Path]:
+def _write_peft(lora: Lora, tensors: dict[str, Tensor], folder: Path) -> list[Path]:
     path, config = folder / PEFT_FILE, folder / PEFT_CONFIG
     write_tensors(path, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, {"format": "pt"})
     write_json(config, {"peft_type": "LORA", "inference_mode": True} | _config(lora))
-    return path, config
+    return [path, config]
 
 
 def _write_kohya(component: str, lora: Lora, tensors: dict[str, Tensor], folder: Path) -> Path:

@@ -83,8 +83,10 @@ class Roles:
                 self._roles[name] = _Role(kind, base, None, {})
             elif isinstance(kind, Ema):
                 self._roles[name] = _own(kind, copy.deepcopy(self._roles[kind.of].network).float())
-            else:
-                self._roles[name] = _own(kind, originals[name].float() if isinstance(kind, FullCopy) else kind.module)
+            elif isinstance(kind, FullCopy):
+                self._roles[name] = _own(kind, originals[name].float())
+            elif isinstance(kind, Extra):
+                self._roles[name] = _own(kind, kind.module)
         self._layers = adapter_layers(base)
         self._moody = {role.network: _moody_modules(role) for role in self._roles.values()}
         self._current: dict[nn.Module, _Use | None] = {}
