@@ -141,7 +141,7 @@ def _goals(found: Found) -> str:
         row = [budget, f"`{entry['baseline']}` {_metric(base, 'fd')}"]
         if "plan" in entry:
             goal = entry["goal"]
-            difference = markdown.number(*entry["plan"]["difference"], sign="+")
+            difference = _difference(entry["plan"])
             row += [_metric(entry["plan"], "fd"), difference, markdown.number(goal["ratio"], goal["se"])]
             row += [_change(entry["plan_others"], entry["baseline_others"], kind) for kind in METRICS]
         rows.append(row + [""] * (8 - len(row)))
@@ -156,6 +156,11 @@ def _goals(found: Found) -> str:
 def _metric(row: Found, kind: str) -> str:
     metric = row["metrics"][kind]
     return markdown.number(metric["value"], metric["se"])
+
+
+def _difference(row: Found) -> str:
+    value, se = row["difference"]
+    return markdown.number(value, se, sign="+")
 
 
 def _change(ours: Found, theirs: Found, kind: str) -> str:
@@ -195,7 +200,7 @@ def _transfer(found: Found) -> str:
             setting,
             _metric(entry["plan"], "fd"),
             _metric(entry["against"], "fd"),
-            markdown.number(*entry["plan"]["difference"], sign="+"),
+            _difference(entry["plan"]),
         ]
         for setting, entry in found["settings"].items()
     ]
@@ -213,7 +218,7 @@ def _evolution(found: Found) -> str:
         share = f"{100 * entry['share_of_rows']:.1f} % of the rows"
         reached = entry["rows_to_reach_baseline"]
         first = f"as good as the evolution's best after {reached:,}" if reached else "never as good at search"
-        rows.append([steps, "`fast` beside it", first, share, markdown.number(*entry["fast"]["fresh"]["difference"])])
+        rows.append([steps, "`fast` beside it", first, share, _difference(entry["fast"]["fresh"])])
     head = ["steps", "preset", "candidates", "rows", "fd on fresh seeds, or difference"]
     return f"Candidates on {found['n']:,} images.\n\n{markdown.table(head, rows)}"
 

@@ -181,9 +181,9 @@ def _box(space: Mapping[str, BaseDistribution], centre: Mapping[str, Any], half:
     found: dict[str, BaseDistribution] = {}
     for name, where in space.items():
         if isinstance(where, IntDistribution):
-            reach = max(1, round(half * (where.high - where.low)))
+            steps = max(1, round(half * (where.high - where.low)))
             found[name] = IntDistribution(
-                max(where.low, centre[name] - reach), min(where.high, centre[name] + reach), step=where.step
+                max(where.low, centre[name] - steps), min(where.high, centre[name] + steps), step=where.step
             )
         elif isinstance(where, FloatDistribution):
             reach = half * (where.high - where.low)
@@ -206,5 +206,5 @@ def _only(where: BaseDistribution) -> Any:
 
 def _within(value: Any, where: BaseDistribution) -> bool:
     if isinstance(where, IntDistribution | FloatDistribution):
-        return where.low <= value <= where.high
+        return bool(where.low <= value <= where.high)
     return bool(value == _only(where))

@@ -57,7 +57,9 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 
 def _scored(scored: Scored | None) -> dict[str, Any] | None:
-    return scored and {"n": scored.n, "quality": _estimate(scored.quality), "costs": dict(scored.costs)}
+    if scored is None:
+        return None
+    return {"n": scored.n, "quality": _estimate(scored.quality), "costs": dict(scored.costs)}
 
 
 def _estimate(value: Estimate) -> dict[str, Any]:
