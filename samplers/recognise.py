@@ -38,7 +38,8 @@ def own_option(scheduler: Any, name: str, default: Any = None) -> Any:
         name: the option.
         default: what it is where the class does not take it.
     """
-    takes = any(name in inspect.signature(kind.__init__).parameters for kind in type(scheduler).__mro__)
+    kinds: Any = type(scheduler).__mro__
+    takes = any(name in inspect.signature(kind.__init__).parameters for kind in kinds)
     return scheduler.config.get(name, default) if takes else default
 
 
