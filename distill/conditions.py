@@ -257,7 +257,9 @@ class Condition:
             raise InputError(f"{path} holds no condition; delete it and make it again")
         try:
             known = json.loads(header["condition"])
-            layout = {name: tuple(v) if isinstance(v, list) else v for name, v in known["layout"].items()}
+            layout: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v for name, v in known["layout"].items()
+            }
             branches = {
                 name: Branch(row_trees.from_json(branch["inputs"], tensors), frozenset(branch["rowed"]))
                 for name, branch in known["branches"].items()

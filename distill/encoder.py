@@ -67,9 +67,8 @@ class Encoder:
             InputError: as `encode`.
         """
         if self._layout is None:
-            self._layout = encode(
-                self.pipe, self.arguments([{"labels": 0, "prompts": "", "none": None}[self.kind]])
-            ).layout
+            some: dict[Kind, Value] = {"labels": 0, "prompts": "", "none": None}
+            self._layout = encode(self.pipe, self.arguments([some[self.kind]])).layout
         return self._layout
 
     def arguments(self, values: Sequence[Value]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import tarfile
@@ -199,7 +200,7 @@ class DatasetImages(Images):
 
     def __init__(self, name: str, split: str = "train") -> None:
         try:
-            import datasets
+            datasets = importlib.import_module("datasets")
         except ImportError:
             raise InputError(
                 f"{name} is read by the library datasets, which is not installed; run: pip install 'fewstep[data]'"

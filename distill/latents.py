@@ -220,21 +220,29 @@ def encode_images(pipe: Any, layout: Layout, pixels: Tensor) -> Moments:
         return Moments(_laid_out(pipe, layout, pixels), None)
     with _in_float32(vae) as network:
         place = next(network.parameters())
-        encoded = network.encode(pixels.to(place.device))
+        try:
+            encoded = network.encode(pixels.to(place.device))
+        except ValueError as error:
+            raise InputError(
+                f"{type(vae).__name__} takes no images of shape {tuple(pixels.shape[1:])} ({error}); distil from "
+                "prompts or pairs"
+            ) from None
     posterior = getattr(encoded, "latent_dist", None)
-    config = vae.config
-    scale = _per_channel(config, "latents_std")
-    scale = getattr(config, "scaling_factor", 1.0) if scale is None else 1 / scale
-    shift = _per_channel(config, "latents_mean")
-    shift = (getattr(config, "shift_factor", None) or 0.0) if shift is None else shift
     mean = (posterior.mode() if posterior is not None else encoded.latent).cpu()
+    shift, scale = _units(vae.config)
     mean = _laid_out(pipe, layout, (mean - shift) * scale)
     return Moments(mean, None if posterior is None else _laid_out(pipe, layout, posterior.std.cpu() * scale))
 
 
-def _per_channel(config: Any, name: str) -> Tensor | None:
-    values = getattr(config, name, None)
-    return None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+def _units(config: Any) -> tuple[Tensor, Tensor]:
+    """What is taken from latents (B, C, H, W), and what they are multiplied with then, for the denoiser."""
+
+    def per_channel(name: str, default: float) -> Tensor:
+        values = getattr(config, name, None)
+        return torch.tensor(default if values is None else values, dtype=torch.float32).view(1, -1, 1, 1)
+
+    shift = per_channel("latents_mean", getattr(config, "shift_factor", None) or 0.0)
+    return shift, getattr(config, "scaling_factor", 1.0) / per_channel("latents_std", 1.0)
 
 
 def _laid_out(pipe: Any, layout: Layout, latents: Tensor) -> Tensor:

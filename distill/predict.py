@@ -53,7 +53,8 @@ def guided(
     """As `predict`, with classifier-free guidance: uncond + g (cond - uncond) (arXiv:2205.11487, Eq. 2).
 
     Papers and scripts that follow latent consistency models (arXiv:2310.04378) write cond + w (cond - uncond), which is
-    the same for w = g - 1. Branches that the pipeline evaluates in one batch are evaluated in one.
+    the same for w = g - 1; so does the pipeline of Z-Image. Branches that the pipeline evaluates in one batch are
+    evaluated in one.
 
     Args:
         network: as in `predict`.

@@ -287,6 +287,26 @@ def test_latents_have_the_layout_of_the_denoiser(name):
         assert torch.equal(pipe._unpack_latents(moments.mean, side, side, pipe.vae_scale_factor), shifted)
 
 
+def test_latents_are_normalised_by_channel_where_the_autoencoder_says_how():
+    pipe = dit()
+    layout = encode(pipe, {"class_labels": [1]}).layout
+    pixels = torch.rand(2, 1, 8, 8)
+    plain = encode_images(pipe, layout, pixels)
+    mean, std = torch.arange(4.0).view(1, 4, 1, 1), torch.arange(1.0, 5.0).view(1, 4, 1, 1)
+    pipe.vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
+    normal = encode_images(pipe, layout, pixels)
+    torch.testing.assert_close(normal.mean, (plain.mean - mean) / std)
+    torch.testing.assert_close(normal.std, plain.std / std)
+
+
+def test_autoencoders_of_video_take_no_images():
+    family = ZOO["qwen-image"]
+    pipe = family.build()
+    layout = encode(pipe, family.arguments(pipe, 1, 0)).layout
+    with pytest.raises(InputError, match=r"takes no images of shape \(3, 32, 32\) .*; distil from prompts or pairs"):
+        encode_images(pipe, layout, torch.zeros(1, 3, 32, 32))
+
+
 def test_an_autoencoder_in_half_precision_runs_in_float32_and_stays_half(tmp_path):
     pipe = dit()
     pixels = torch.rand(1, 1, 8, 8)
