@@ -177,9 +177,9 @@ class Loop:
         means: dict[str, Tensor] = {}
         for micro in range(options.gradient_accumulation_steps):
             block = micro * accelerator.num_processes + accelerator.process_index
-            self._seed(seed_of(options.seed, self.counters.turn, "block", block))
             moment = self._moment(updates, block)
-            batch = self.source.batch(self.counters.turn, moment.positions)
+            batch = self.source.batch(self.counters.turn, moment.positions).to(accelerator.device)
+            self._seed(seed_of(options.seed, self.counters.turn, "block", block))
             for loss in self._losses(batch, moment):
                 name = f"train/{loss.role}/{loss.term}"
                 mean = loss.value.mean() / options.gradient_accumulation_steps
@@ -227,18 +227,16 @@ class Loop:
         return dict(zip(values, numbers, strict=True)), asked > 0
 
     def _refuse_divergence(self, measured: Mapping[str, float]) -> None:
-        scaler = self.accelerator.scaler
+        scaler, update = self.accelerator.scaler, self.counters.step + 1
         for name, value in measured.items():
             is_loss = name.startswith("train/")
-            if is_loss and abs(value) > self.options.loss_limit:
-                self._give_up(f"{name} is {value:g}, above --loss_limit {self.options.loss_limit:g},")
             if not math.isfinite(value) and (is_loss or scaler is None or scaler.get_scale() < 1):
-                self._give_up(f"{name} is {value}")
+                self._give_up(f"{name} is {value} in update {update}")
+            if is_loss and abs(value) > self.options.loss_limit:
+                self._give_up(f"{name} is {value:g} in update {update}, above --loss_limit {self.options.loss_limit:g}")
 
     def _give_up(self, what: str) -> None:
-        raise InputError(
-            f"{what} in update {self.counters.step + 1}; {self.checkpoints.last_good()}; use a smaller --learning_rate"
-        )
+        raise InputError(f"{what}; {self.checkpoints.last_good()}; use a smaller --learning_rate")
 
     def _rates(self, updates: tuple[str, ...]) -> dict[str, float]:
         options, schedule = self.options, self.schedule
@@ -270,7 +268,7 @@ class Loop:
     def _save(self) -> Path:
         for role, optimiser in self.optimisers.items():
             if name := optimiser.broken():
-                self._give_up(f"{role}: {name} is not finite")
+                self._give_up(f"{role}: {name} is not finite after update {self.counters.step}")
         failure = None
         if self.accelerator.is_main_process:
             try:

@@ -33,10 +33,17 @@ class TrainedRoles(Protocol):
         """Takes what `state` gave."""
 
 
+class Movable(Protocol):
+    """A batch, of whatever the method takes."""
+
+    def to(self, device: torch.device, /) -> Any:
+        """The same on a device."""
+
+
 class Source(Protocol):
     """Where batches come from."""
 
-    def batch(self, index: int, positions: range) -> Any:
+    def batch(self, index: int, positions: range, /) -> Movable:
         """Some rows of a global batch.
 
         Args:
@@ -136,7 +143,7 @@ class Method(BaseModel, ABC):
         Yield outside of ``torch.no_grad``. A loss must depend on the parameters of its role.
 
         Args:
-            batch: what the source gave for ``moment.positions``.
+            batch: what the source gave for ``moment.positions``, on the device.
             roles: the networks.
             moment: counters and random numbers.
         """

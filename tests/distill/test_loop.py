@@ -150,7 +150,7 @@ def test_not_a_number_stops_the_run_and_names_the_last_good_checkpoint(tmp_path)
 
 def test_divergence_before_the_first_checkpoint(tmp_path):
     with pytest.raises(
-        InputError, match=r"follow is .*, above --loss_limit 0.001, in .* no checkpoint was written yet; use"
+        InputError, match=r"follow is .* in update 1, above --loss_limit 0.001; no checkpoint was written yet; use"
     ):
         train(options(tmp_path, loss_limit=0.001))
 
@@ -164,7 +164,7 @@ def test_broken_weights_are_not_written(tmp_path):
         return {}
 
     with pytest.raises(
-        InputError, match=r"fake: weight is not finite in .*the last good checkpoint is .*checkpoint-2;"
+        InputError, match=r"fake: weight is not finite after update 4; the last good checkpoint is .*checkpoint-2;"
     ):
         train(options(tmp_path), Toy(), roles, watch=overflow)
     assert not (tmp_path / "checkpoint-4").exists()
