@@ -88,6 +88,7 @@ class Loop:
         self.optimisers = {role: RoleOptimiser(role, roles.trainable(role), options) for role in self.schedule.roles}
         self._log = RunLog(options.output_dir)
         self._means = Means()
+        self._seconds = 0.0
 
     def run(self) -> Outcome:
         """Trains until the last update, or until SIGTERM or SIGINT, and leaves a checkpoint of where it ended.
@@ -157,10 +158,11 @@ class Loop:
             self.accelerator.scaler.update()
         self.counters = self.schedule.after(self.counters)
         self._means.add(measured | rates)
+        self._seconds += time.perf_counter() - began
         if self.schedule.leader in updates:
             for average in self.schedule.averages:
                 self.roles.update_ema(average.role, average.at(self.counters.step))
-            self._report(time.perf_counter() - began)
+            self._report()
         return (request.asked or "SIGTERM") if stop else None
 
     def _enter_stage(self) -> None:
@@ -244,9 +246,9 @@ class Loop:
         rate = options.learning_rate * rate_factor(options.lr_scheduler, step, options.lr_warmup_steps, total)
         return {f"learning_rate/{role}": rate * schedule.rates.get(role, 1.0) for role in updates}
 
-    def _report(self, seconds: float) -> None:
-        watched = self.watch(self.counters.step)
-        values = {**self._means.take(), "seconds": seconds, **watched}
+    def _report(self) -> None:
+        values = {**self._means.take(), "seconds": self._seconds, **self.watch(self.counters.step)}
+        self._seconds = 0.0
         if self.accelerator.is_main_process:
             self._log.append(self.counters.step, values)
         self.accelerator.log(values, step=self.counters.step)

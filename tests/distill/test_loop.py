@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import DistributedType
 from tiny import tiny_unet
 from torch import nn
 from toy_method import TRUTH, WIDTH, Toy, ToyRoles, ToySource, fresh_accelerator, options, train
@@ -383,6 +384,14 @@ def test_a_precision_that_this_process_cannot_have_any_more_is_refused(tmp_path)
     fresh_accelerator(options(tmp_path, mixed_precision="no"))
     with pytest.raises(InputError, match="--mixed_precision bf16: AcceleratorState has already been initialized"):
         make_accelerator(options(tmp_path, mixed_precision="bf16"), cpu=True)
+
+
+def test_sharded_networks_are_refused(tmp_path):
+    settings = options(tmp_path)
+    accelerator = fresh_accelerator(settings)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    with pytest.raises(InputError, match="the networks cannot be sharded by FSDP; run accelerate with plain multi-GPU"):
+        Loop(Toy(), ToyRoles(), ToySource(), settings, accelerator)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
