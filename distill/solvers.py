@@ -5,7 +5,7 @@ Euler's step along a flow its velocity. With one prediction a step the landing i
 that ``euler`` is another name of ``ddim``. For Heun it matters: it holds the noise, and on flow matching the velocity
 eps - x0, as diffusers' schedulers of that name do.
 
-No step leaves a gradient.
+The teacher is a callable, guided where it should be (`predict.guided`). No step leaves a gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.errors import InputError
-from ..samplers.linear import as_time, combine
+from ..samplers.linear import as_time
 from ..samplers.prediction import Epsilon, Flow
 from ..samplers.process import Process
 from ..samplers.registry import Registry
@@ -27,23 +27,6 @@ from ..samplers.schedules import FlowSchedule
 from .distances import wide
 from .jumps import Denoiser
 from .predict import Prediction
-
-
-def guided(conditional: Denoiser, unconditional: Denoiser, scale: float | Tensor) -> Denoiser:
-    """Classifier-free guidance, u + g (c - u), of x0 and eps alike (arXiv:2207.12598 in the form of Imagen).
-
-    Args:
-        conditional: c.
-        unconditional: u.
-        scale: g, one number or (B,). 1 gives c. The w of LCM (arXiv:2310.04378) is g - 1.
-    """
-    factor = as_time(scale)
-
-    def denoise(x: Tensor, t: Tensor) -> Prediction:
-        pairs = zip(conditional(x, t), unconditional(x, t), strict=True)
-        return Prediction(*(combine(c, (factor, c), (1 - factor, u)) for c, u in pairs))
-
-    return denoise
 
 
 class Solver(ABC):

@@ -105,7 +105,8 @@ class TuningSpans(SpanLaw):
     """Consistency tuning (arXiv:2406.14548): any t, r a share of it, s clean data.
 
     With u = sigma/alpha, r is at max(0, 1 - n(u) / q^(stage + 1)) u, n(u) = 1 + k sigmoid(-b u): the first stages
-    have r = 0 for small u, which is plain denoising, and from stage to stage r nears t. The paper's exponent is the
+    have r = 0 for small u, which is plain denoising, and from stage to stage r nears t. An r below the process's
+    cleanest time is clean data: no network is asked there, and the gap is never 0. The paper's exponent is the
     number of doublings of the stage; the released code's stage begins at 0, and is followed.
 
     Args:
@@ -132,8 +133,10 @@ class TuningSpans(SpanLaw):
         t = self.times(process, count, draws)
         u = (-process.log_snr(t) / 2).exp()
         share = 1 - (1 + self.k * torch.sigmoid(-self.b * u)) / self.q ** (self.stage + 1)
-        r = process.time_of_log_snr(process.log_snr(t) - 2 * share.clamp(min=0).log())
-        return Span(t, r, torch.full_like(t, process.clean_time))
+        log_snr = process.log_snr(t) - 2 * share.clamp(min=0).log()
+        clean = torch.full_like(t, process.clean_time)
+        r = torch.where(log_snr > process.log_snr(process.time_range.cleanest), clean, process.time_of_log_snr(log_snr))
+        return Span(t, r, clean)
 
 
 def even_points(process: Process, steps: int) -> tuple[float, ...]:

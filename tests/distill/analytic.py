@@ -119,11 +119,40 @@ def consistent(process: Process, true_map: Map, end: Callable[[Tensor], Tensor])
     return denoise
 
 
-def shifted(denoise: Denoiser, process: Process, by: float) -> Denoiser:
-    """A wrong student: x0 off by ``by``, and the noise that goes with it."""
+def shifted(denoise: Denoiser, process: Process, by: float | Tensor) -> Denoiser:
+    """A wrong student: x0 off by ``by``, one number or (B,), and the noise that goes with it."""
 
     def wrong(x: Tensor, t: Tensor) -> Prediction:
         x0, eps = denoise(x, t)
-        return Prediction(x0 + by, eps - column(process.alpha(t) / process.sigma(t), x) * by)
+        off = column(torch.as_tensor(by).expand(len(x)), x)
+        return Prediction(x0 + off, eps - column(process.alpha(t) / process.sigma(t), x) * off)
 
     return wrong
+
+
+class Scaled:
+    """A network times a weight, which tells whether a gradient came here."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.weight = inner, torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        return Prediction(*(part * self.weight for part in self.inner(x, t)))
+
+
+#: Three times of each process away from its ends.
+MIDDLE = {"vp": (200.0, 450.0, 700.0), "flow": (200.0, 500.0, 800.0), "trig": (0.2, 0.5, 0.8), "edm": (-0.3, 0.0, 0.3)}
+
+#: Means, standard deviation and shares of the mixture of most tests.
+MIXTURE = ((-1.0, 0.8), 0.4, (0.3, 0.7))
+
+
+def middle(name: str) -> Tensor:
+    return torch.tensor(MIDDLE[name], dtype=torch.float64)
+
+
+def noisy(process: Process, t: Tensor) -> Tensor:
+    """States (B, 4) at t."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, len(t), 4, generator=generator, dtype=torch.float64)
+    return process.add_noise(x0, noise, t)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import EDM, FLOW, PROCESSES, VP, Gaussian, Mixture, column, consistent, shifted
+from analytic import EDM, FLOW, MIXTURE, PROCESSES, VP, Gaussian, Mixture, Scaled, column, consistent, shifted
 
 from fewstep.distill.distances import DISTANCES, PseudoHuber
 from fewstep.distill.jumps import CMBoundary, Landing, LCMBoundary
@@ -14,7 +14,6 @@ from fewstep.distill.spans import GridSpans, Span, TrajectorySpans, even_points,
 from fewstep.distill.terms import Match, inverse_gap
 from fewstep.samplers import InputError
 
-MIXTURE = ((-1.0, 0.8), 0.4, (0.3, 0.7))
 any_process = pytest.mark.parametrize("name", PROCESSES)
 
 
@@ -135,19 +134,15 @@ def test_soft_boundaries_give_what_the_hard_one_gives(process, jump, low):
 
 
 def test_gradient_reaches_the_student_alone():
-    weights = {name: torch.tensor(1.0, requires_grad=True) for name in ("student", "target")}
     teacher = Gaussian(VP)
-
-    def scaled(name):
-        return lambda x, t: Prediction(*(part * weights[name] for part in teacher(x, t)))
-
+    student, target = Scaled(teacher), Scaled(teacher)
     span = GridSpans(even_points(VP, 4))(VP, 6, generator())
     x_t, x_r = states(teacher, span.t), states(teacher, span.r)
-    loss = Match(VP, weight=inverse_gap)(scaled("student"), scaled("target"), x_t, x_r, span)
+    loss = Match(VP, weight=inverse_gap)(student, target, x_t, x_r, span)
     assert loss.shape == (6,)
     loss.sum().backward()
-    assert weights["student"].grad.abs() > 0
-    assert weights["target"].grad is None
+    assert student.weight.grad.abs() > 0
+    assert target.weight.grad is None
 
 
 def test_weight_and_losses_in_half_precision():
