@@ -32,6 +32,11 @@ class _Role:
     def trained(self) -> bool:
         return isinstance(self.kind, FullCopy | Adapter | Extra)
 
+    def learn(self, on: bool = True) -> None:
+        """Lets the parameters take gradients if the role is trained, or not."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(on and self.trained)
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of this role alone, by name."""
         if self.adapter is not None:
@@ -88,12 +93,17 @@ class Roles:
             elif isinstance(kind, Extra):
                 self._roles[name] = _own(kind, kind.module)
         self._layers = adapter_layers(base)
-        self._moody = {role.network: _moody_modules(role) for role in self._roles.values()}
+        self._moody = {network: _moody_modules(network) for network in self._networks()}
+        self._checkpointed = {
+            network: tuple(module for module in network.modules() if hasattr(module, "gradient_checkpointing"))
+            for network in self._moody
+        }
         self._current: dict[nn.Module, _Use | None] = {}
         self._pairing: _Pairing | None = None
         for network in self._networks():
             self._apply(network.eval(), None)
         for name, role in self._roles.items():
+            role.learn()
             if isinstance(role.kind, Ema):
                 self.update_ema(name, 0.0)
 
@@ -175,19 +185,21 @@ class Roles:
             self._apply(network, before)
 
     def _apply(self, network: nn.Module, use: _Use | None) -> None:
-        """Sets adapters, ``requires_grad`` and mode of a network; ``None`` is how it rests."""
+        """Sets adapters, ``requires_grad`` and dropout of a network; ``None`` is how it rests.
+
+        PEFT's own switches would walk through all modules, and clear ``requires_grad`` of the adapters they put away.
+        """
         role = None if use is None else self._roles[use.name]
         if network is self._base:
             adapter = None if role is None else role.adapter
             for layer in self._layers:
-                if adapter is not None:
-                    layer.set_adapter(adapter)
-                layer.enable_adapters(adapter is not None)
-        for name, other in self._roles.items():
-            if other.network is network:
-                learns = other.trained and use != _Use(name, frozen=True)
-                for parameter in other.parameters.values():
-                    parameter.requires_grad_(learns)
+                layer._active_adapter = [adapter] if adapter is not None else layer._active_adapter
+                layer._disable_adapters = adapter is None
+        before = self._current.get(network)
+        if before is not None and before.frozen:
+            self._roles[before.name].learn()
+        if use is not None and use.frozen:
+            self._roles[use.name].learn(False)
         for module in self._moody[network]:
             module.training = role is not None and use is not None and not use.frozen and role.kind != Base()
         self._current[network] = use
@@ -222,9 +234,8 @@ class Roles:
                 network.enable_gradient_checkpointing(_Checkpoint(self, network))  # type: ignore[operator]
 
     def _refuse_foreign_checkpointing(self, network: nn.Module) -> None:
-        for module in network.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(module, "gradient_checkpointing", False) and not isinstance(function, _Checkpoint):
+        for module in self._checkpointed[network]:
+            if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, _Checkpoint):
                 raise InputError(
                     f"{type(network).__name__} checkpoints gradients and would recompute its blocks as the wrong role; "
                     "call roles.enable_gradient_checkpointing() instead"
@@ -348,14 +359,14 @@ class _Pairing:
             self._write(outside)
 
 
-def _moody_modules(role: _Role) -> tuple[nn.Module, ...]:
+def _moody_modules(network: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that ``use`` puts in training mode: dropout, and all of a network that diffusers did not make.
 
     Networks do more than dropout in training mode: each block of a ``DiTTransformer2DModel`` then drops labels of its
     own choice.
     """
-    modules = tuple(role.network.modules())
-    if isinstance(role.network, ModelMixin):
+    modules = tuple(network.modules())
+    if isinstance(network, ModelMixin):
         return tuple(module for module in modules if isinstance(module, _DropoutNd))
     return modules
 
