@@ -98,6 +98,7 @@ class PseudoHuber(Distance):
 
     def of(self, difference: Tensor) -> Tensor:
         if self.scale == 0:
-            return torch.linalg.vector_norm(difference, dim=1)  # whose gradient at 0 is 0, not that of sqrt
+            norm: Tensor = torch.linalg.vector_norm(difference, dim=1)  # whose gradient at 0 is 0, not that of sqrt
+            return norm
         c = self.scale * math.sqrt(difference.shape[1])
         return (difference.square().sum(dim=1) + c**2).sqrt() - c

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..samplers.errors import InputError
-from ..samplers.linear import as_time, combine
+from ..samplers.linear import as_time, combine, require
 from ..samplers.process import Process
 from ..samplers.registry import Registry
 from .distances import wide
@@ -100,8 +99,8 @@ class CMBoundary(Jump):
     sigma_data: float = 0.5
 
     def __call__(self, process: Process, x: Tensor, t: Tensor, s: Tensor, prediction: Prediction) -> Tensor:
-        if bool((process.alpha(t) != 1).any()):
-            raise InputError("the jump 'cm' is for processes of alpha = 1 (EDM); use 'landing' or 'lcm' on this one")
+        message = "the jump 'cm' is for alpha = 1 (EDM), and here it is less at time {}; use 'landing' or 'lcm'"
+        require(process.alpha(t) == 1, t, message)
         sigma, variance = process.sigma(t), self.sigma_data**2
         skip = variance / ((sigma - self.sigma_min) ** 2 + variance)
         of_network = 1 - self.sigma_min / sigma

@@ -37,7 +37,8 @@ def uniform(draws: Draws, count: int) -> Tensor:
 
 def normal(draws: Draws, count: int) -> Tensor:
     """``count`` standard normal numbers, float64 (count,), by the inverse of their distribution."""
-    return torch.special.ndtri(uniform(draws, count).clamp(min=2.0**-54))
+    numbers: Tensor = torch.special.ndtri(uniform(draws, count).clamp(min=2.0**-54))
+    return numbers
 
 
 class TimeLaw(ABC):

@@ -70,5 +70,5 @@ def test_jumps_are_differentiable_and_at_least_float32(name):
 
 def test_cm_needs_alpha_one():
     x, t = torch.zeros(1, 2), torch.tensor([5.0])
-    with pytest.raises(InputError, match=r"the jump 'cm' is for processes of alpha = 1 \(EDM\); use"):
+    with pytest.raises(InputError, match=r"the jump 'cm' is for alpha = 1 \(EDM\), and here it is less at time 5; use"):
         CMBoundary()(VP, x, t, t, Gaussian(VP)(x, t))
