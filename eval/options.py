@@ -43,7 +43,9 @@ class BenchOptions:
     )
     n: Annotated[int, Flag("Images per row.")] = DEMO_N
     seed: Annotated[int, Flag("Seed of the first image; image i has seed + i.")] = 0
-    steps: Annotated[tuple[int, ...], Flag("Numbers of steps of the baselines, and of the plans that ship.", "STEPS")] = (5, 10)
+    steps: Annotated[
+        tuple[int, ...], Flag("Numbers of steps of the baselines, and of the plans that ship.", "STEPS")
+    ] = (5, 10)
     reference: Annotated[
         Path | None, Flag("Plan of the reference row; default: the demo's, or the pipeline as it is.")
     ] = None

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..eval.assets import reference_plan
 from ..eval.baselines import baseline_rows
-from ..samplers import InputError, Plan, SpacingGrid
+from ..samplers import InputError, Plan, RuleGrid, SpacingGrid
 from ..samplers.files import atomic_path
 from ..search import PRESETS, Judges, Limit, Objective, SearchSetting, Space, search, write_search_report
 from ..search.optuna_samplers import STOPS_NONE
@@ -41,7 +42,7 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
         else preset_space(pipe, base, preset)
     )
     beginning = suggested_starts(pipe, space, setting.call, steps) if preset.suggests else Beginning(())
-    rivals = {row.name: row.plan for row in baseline_rows(pipe, base, [steps]) if row.name.rsplit("-", 1)[0] in RIVALS}
+    rivals = _rivals(pipe, base, steps)
     found = search(
         pipe,
         space,
@@ -72,6 +73,16 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
     copy_files(found.plan, options.out.parent)
     setting.console.print(str(report), highlight=False, soft_wrap=True)
     return found.plan
+
+
+def _rivals(pipe: Any, base: Plan, steps: int) -> dict[str, Plan]:
+    """Baselines of a bench that the plan found is compared with, and the second of them on Karras' sigmas."""
+    found = {row.name: row.plan for row in baseline_rows(pipe, base, [steps]) if row.name.rsplit("-", 1)[0] in RIVALS}
+    unipc = found.get(f"unipc-{steps}")
+    if unipc is not None:
+        karras = {"grid": RuleGrid(rule="karras", steps=steps)}
+        found[f"unipc-karras-{steps}"] = unipc.model_copy(update=karras | {"name": f"unipc-karras-{steps}"})
+    return found
 
 
 def copy_files(plan: Plan, folder: Path) -> None:

@@ -36,15 +36,18 @@ PLANS_HEAD = """## Plans that ship
 GOALS_HEAD = """## Beside diffusers' best scheduler
 
 Against Fashion-MNIST's 10,000 *test* images, on seeds from 5,000,000 on, on which nothing was chosen. The baseline of
-each number of steps is the best of diffusers' schedulers, each at its best built-in spacing. The excess is what a distance
-is above the teacher's converged one, that of the best of its schedulers at 100 steps; the last column is the plan's
-excess as a share of the baseline's. A share below 0 means that the plan is nearer to the test images than the teacher
-itself at 100 steps, as its guidance and scales were chosen on real images and the teacher's were not."""
+each number of steps is the best of diffusers' schedulers, each at its best built-in spacing. The excess is what a
+distance is above the teacher's converged one, that of the best of its schedulers at 100 steps; the share is the plan's
+excess as a part of the baseline's. Where the baseline has hardly any, its error is large and it says little. Below 0
+the plan is nearer to the test images than the teacher itself at 100 steps: its guidance and scales were chosen on real
+images and the teacher's were not."""
 
 FRESH_HEAD = """## At search, and on fresh noise
 
-The leaders of each search, on the samples that they were chosen on and on fresh ones. What was chosen for being lowest
-is higher when it is measured again; the plan found is the best on the fresh ones."""
+The leaders of each search, on the samples that they were chosen on and on fresh ones; the plan found is the best on the
+fresh ones. On `fashion-unet` a distance of 512 images has an error of 2.9, so a search on them chooses noise too: in
+ten steps it found 11.9 at search, 14.7 ± 1.3 on fresh noise, and on 1,024 further seeds 16.1 ± 1.3 where UniPC with Karras'
+sigmas has 12.4 ± 1.2. No ten-step plan ships for it."""
 
 TRANSFER_HEAD = """## In other settings
 

@@ -34,7 +34,7 @@ def leaders(history: Sequence[Candidate], objective: Objective, count: int) -> t
             if measured
             else f"none of {len(history)} candidates ran: {'; '.join(reasons)[:300]}"
         )
-    able.sort(key=lambda candidate: (_loss(candidate, objective), candidate.order))
+    able.sort(key=lambda candidate: (loss_of(candidate, objective), candidate.order))
     if objective.cost is None:
         return tuple(able[:count])
     front: list[Candidate] = []
@@ -58,10 +58,11 @@ def winner(front: Sequence[Candidate], objective: Objective) -> Candidate:
     if not able:
         limits = ", ".join(map(str, objective.limits))
         raise InputError(f"none of the {len(front)} best candidates kept to the limits {limits} on fresh samples")
-    return min(able, key=lambda candidate: _loss(candidate, objective))
+    return min(able, key=lambda candidate: loss_of(candidate, objective))
 
 
-def _loss(candidate: Candidate, objective: Objective) -> float:
+def loss_of(candidate: Candidate, objective: Objective) -> float:
+    """The loss of a candidate on fresh samples, or where it was not measured there, at search."""
     value = _scored(candidate).quality.value
     return value if QUALITIES[objective.quality] == "<=" else -value
 

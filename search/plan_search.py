@@ -18,7 +18,7 @@ from .axes.steps import prepared, timesteps_of
 from .budget import Judges
 from .cache import Call
 from .claims import CONSTRAINTS, FAILED, finished_trials
-from .finalists import leaders, winner
+from .finalists import leaders, loss_of, winner
 from .found import Candidate, Found
 from .measure import CandidateError, Measured, Measurer
 from .objective import QUALITIES, Objective
@@ -113,7 +113,7 @@ def search(
         teacher: the plan that paired qualities and limits compare with.
         also: qualities to measure besides, by name.
         starts: plans, or parameters, to measure before any other; plans that the space cannot say are left out.
-        baselines: plans to compare with on fresh noise, by name; the first one is what the evidence names.
+        baselines: plans to compare with on fresh noise, by name; the best of them there is what the evidence names.
         progress: told after each trial.
         command: that started the search, for its evidence and report.
 
@@ -132,7 +132,8 @@ def search(
     plain = [Candidate(-1 - i, plan, {}, name=name) for i, (name, plan) in enumerate((baselines or {}).items())]
     others = tuple(job.again(fresh, candidate) for candidate in plain)
     proof = job.round(study, PROOF)
-    plan = job.proven(proof, best.plan, others[:1], command)
+    rival = min(others, key=lambda other: loss_of(other, objective), default=None)
+    plan = job.proven(proof, best.plan, rival, command)
     spent = sum(int(trial.user_attrs.get(SPENT, 0)) for trial in trials)
     seconds = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in trials)
     settings = job.study_setting.identity | {
@@ -307,7 +308,7 @@ class _Job:
         net = self.judges.net
         return metric_name(net.name, n, net.dim, kind) if net and kind in KINDS and KINDS[kind].suffixed else kind
 
-    def proven(self, proof: Round, plan: Plan, against: Sequence[Candidate], command: str) -> Plan:
+    def proven(self, proof: Round, plan: Plan, rival: Candidate | None, command: str) -> Plan:
         """The plan with what it was tuned for, and evidence."""
         measured, n = proof.measure(plan), proof.n
         seeds = self.setting.seeds(proof.first, n)
@@ -315,12 +316,11 @@ class _Job:
             Evidence(metric=self.metric(kind, n), value=value.value, se=value.se, n=n, seeds=seeds, command=command)
             for kind, value in measured.values.items()
         ]
-        for other in against:
-            gap = proof.gap(plan, other.plan)
-            if gap is not None:
-                name = f"{self.metric(self.objective.quality, n)} difference"
-                shown = {"n": n, "seeds": seeds, "against": other.name, "command": command}
-                evidence.append(Evidence(metric=name, value=gap.value, se=gap.se, **shown))
+        gap = proof.gap(plan, rival.plan) if rival else None
+        if rival is not None and gap is not None:
+            name = f"{self.metric(self.objective.quality, n)} difference"
+            shown = {"n": n, "seeds": seeds, "against": rival.name, "command": command}
+            evidence.append(Evidence(metric=name, value=gap.value, se=gap.se, **shown))
         tuned_for = TunedFor(
             fingerprint=fingerprint(next(iter(denoisers(self.pipe).values()))),
             pipeline=type(self.pipe).__name__,

@@ -69,10 +69,10 @@ def test_plan(tmp_path, pipe, capsys):
     plan = Plan.load(out)
     assert plan == found.plan.model_copy(update={"name": "two"})
     assert plan.nominal_steps == 2
-    assert {each.metric for each in plan.evidence} == {"relative_error"}
+    assert {each.metric for each in plan.evidence} == {"relative_error", "relative_error difference"}
     assert len(found.history) == 4
     assert found.spent > 0
-    assert {candidate.title for candidate in found.baselines} == {"dpmpp-2m-2", "unipc-2"}
+    assert {candidate.title for candidate in found.baselines} == {"dpmpp-2m-2", "unipc-2", "unipc-karras-2"}
     assert run(pipe, plan).nfe <= 4
     assert main(["search", "plan", *arguments, "--out", str(out), "--trials", "5"]) == 0
     again = Found.load(out.with_suffix(".search") / "found.json")
