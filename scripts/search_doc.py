@@ -46,8 +46,8 @@ FRESH_HEAD = """## At search, and on fresh noise
 
 The leaders of each search, on the samples that they were chosen on and on fresh ones; the plan found is the best on the
 fresh ones. On `fashion-unet` a distance of 512 images has an error of 2.9, so a search on them chooses noise too: in
-ten steps it found 11.9 at search, 14.7 ± 1.3 on fresh noise, and on 1,024 further seeds 16.1 ± 1.3 where UniPC with Karras'
-sigmas has 12.4 ± 1.2. No ten-step plan ships for it."""
+ten steps it found 11.9 at search, 14.7 ± 1.3 on fresh noise, and on 1,024 further seeds 16.1 ± 1.3 where UniPC with
+Karras' sigmas has 12.4 ± 1.2. No ten-step plan ships for it."""
 
 TRANSFER_HEAD = """## In other settings
 
