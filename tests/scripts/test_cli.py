@@ -78,7 +78,7 @@ def test_flags_are_those_that_were_promised():
 
 
 def test_bench_of_a_demo_needs_no_flag_but_its_name(demo, tmp_path, capsys):
-    arguments = ["bench", "--pipe", demo, "--n", "260", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
+    arguments = ["bench", "--pipe", demo, "--n", "260", "--steps", "1", "2", "--out", str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--timing_repeats", "1"]) == 0
     shown = capsys.readouterr().out
     assert "fd_fashion" in shown
