@@ -36,15 +36,14 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ..samplers import InputError
+from .claims import FINISHED
 from .genes import LAYERS, TIMES, Candidate, Genes, off_and_on, uniform_times, values
+from .proposals import Constraints
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 TRIES = 100
 "Draws of one kind before a candidate is drawn at random, when all were evaluated before."
 
 Name = TypeVar("Name", int, str)
-
-Constraints = Callable[[FrozenTrial], Sequence[float]]
 
 Anew = Callable[[str], Any]
 """From the name of a parameter to a random value of it."""

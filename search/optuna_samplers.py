@@ -8,17 +8,15 @@ from contextlib import contextmanager
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
 
 from ..samplers import Plan
 from ..samplers.registry import Registry
 from .evolution import EvolutionSampler
+from .proposals import Constraints
 from .trust_region import TrustRegionSampler
 
-MakeSampler = Callable[[int, Plan, "Constraints | None"], BaseSampler]
+MakeSampler = Callable[[int, Plan, Constraints | None], BaseSampler]
 """From a seed, the plan that the search begins with and how violated limits are read to a sampler."""
-
-Constraints = Callable[[FrozenTrial], tuple[float, ...]]
 
 OPTUNA_SAMPLERS: Registry[MakeSampler] = Registry("sampler of a search")
 

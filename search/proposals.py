@@ -32,6 +32,9 @@ DRAWN = 200
 MakeSampler = Callable[[int], BaseSampler]
 "From a seed to a sampler."
 
+Constraints = Callable[[FrozenTrial], Sequence[float]]
+"From a trial to what it violates, at most 0 for each limit that it keeps to."
+
 
 @dataclass(frozen=True)
 class Proposal:

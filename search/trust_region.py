@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -25,12 +25,12 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..samplers import InputError
+from .claims import FINISHED
+from .proposals import Constraints
 from .study_storage import quiet
 
 FROM = "trust:from"
 "System attribute of a trial: which of the finished trials its box was about."
-
-Constraints = Callable[[FrozenTrial], Sequence[float]]
 
 Rank = tuple[int, float]
 """Whether a trial breaks limits, or has no value (2), and what is less for a better one."""
@@ -92,7 +92,7 @@ class TrustRegionSampler(BaseSampler):
         """A plan in the box; nothing before there is a trial to put it about."""
         if len(study.directions) > 1:
             raise InputError("a trust region has one objective; take nsga2 for two")
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        trials = study.get_trials(deepcopy=False, states=FINISHED)
         ranks = [self._rank(study, each) for each in trials]
         if not search_space or min(ranks, default=(2, 0.0))[0] == 2:
             return {}
