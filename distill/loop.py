@@ -187,7 +187,11 @@ class Loop:
                 mean = loss.value.mean() / options.gradient_accumulation_steps
                 scaled = mean if accelerator.scaler is None else accelerator.scaler.scale(mean)
                 scaled.backward(inputs=list(self.optimisers[loss.role].parameters.values()))
-                means[name] = means.get(name, torch.zeros_like(mean)) + mean.detach()
+                values = {name: mean.detach()} | {
+                    f"train/{loss.role}/{part}": value.detach().mean() / options.gradient_accumulation_steps
+                    for part, value in loss.parts.items()
+                }
+                means |= {key: means.get(key, torch.zeros_like(mean)) + value for key, value in values.items()}
         for role in updates:
             if all(parameter.grad is None for parameter in self.optimisers[role].parameters.values()):
                 raise ValueError(f"the turn updates {role!r}, but no loss of it reaches a parameter of that role")

@@ -7,14 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..samplers import Plan
+from ..samplers.process import Process
 from ..samplers.registry import Registry
+from .role_kinds import Kind
 from .schedule import Schedule
+
+Needs = Literal["data", "conditions", "pairs"]
+"""What a method eats: clean samples, prompts or labels alone, or pairs of noise and what the teacher made of it."""
 
 
 class TrainedRoles(Protocol):
@@ -60,11 +66,13 @@ class Loss:
         term: its name in the log.
         role: whose parameters it trains. No others receive a gradient from it.
         value: (B,), float32, one loss per sample; their mean is what is minimised.
+        parts: what the value is made of, each (B,), for the log: terms that share a forward pass are one loss.
     """
 
     term: str
     role: str
     value: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,46 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    needs: ClassVar[Needs] = "data"
+    lora_rank: ClassVar[int] = 0
+    "Rank of the student's adapter where the user says none; 0 trains all weights."
+
     type: str
+
+    @abstractmethod
+    def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
+        """The roles of this method, ``student`` among them.
+
+        Args:
+            student: how the student holds its weights, which a critic may do likewise.
+            network: the teacher's, to look at: features for a discriminator.
+
+        Raises:
+            InputError: when the method cannot train such a network.
+        """
+
+    @abstractmethod
+    def plan(self, process: Process, steps: int) -> Plan:
+        """How the student is sampled in some steps: solver, and grid of times at which it was trained.
+
+        Guidance is left out; the run switches it off where ``guidance_in_student``.
+
+        Raises:
+            InputError: for a number of steps that it was not trained for, or a process that it cannot be trained on.
+        """
+
+    @property
+    def guidance_in_student(self) -> bool:
+        """Whether the student has the teacher's guidance in its weights, and is sampled without."""
+        return True
+
+    def fitted(self, network: nn.Module) -> nn.Module:
+        """The network that the roles are made of: the teacher's, or one with more inputs that predicts the same.
+
+        Raises:
+            InputError: when it cannot be given what the method needs.
+        """
+        return network
 
     @abstractmethod
     def losses(self, batch: Any, roles: Any, moment: Moment) -> Iterator[Loss]:
