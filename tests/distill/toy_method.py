@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fewstep.distill.loop import Loop, Outcome
 from fewstep.distill.loop_options import LoopOptions
 from fewstep.distill.method import Loss, Method, Moment
+from fewstep.distill.role_kinds import Kind
 from fewstep.distill.run_log import make_accelerator
 from fewstep.distill.schedule import Average, Schedule, Stage
+from fewstep.samplers import Plan, Process
 
 WIDTH = 4
 TRUTH = torch.linspace(-1.0, 1.0, WIDTH * WIDTH).view(WIDTH, WIDTH)
@@ -74,6 +76,12 @@ class Toy(Method):
     noise: float = 0.1
     poison: int | None = None
     halves: int | None = None
+
+    def kinds(self, student: Kind, network: nn.Module) -> dict[str, Kind]:
+        return {"student": student}
+
+    def plan(self, process: Process, steps: int) -> Plan:
+        return Plan()
 
     def losses(self, batch: Any, roles: Any, moment: Moment) -> Iterator[Loss]:
         noise = self.noise * moment.rows(lambda generator: torch.randn(batch.shape[1:], generator=generator))
