@@ -145,6 +145,8 @@ class Method(BaseModel, ABC):
     needs: ClassVar[Needs] = "data"
     lora_rank: ClassVar[int] = 0
     "Rank of the student's adapter where the user says none; 0 trains all weights."
+    students: ClassVar[tuple[str, ...]] = ("student",)
+    "Roles that the run is for, and that ship; the first is the one that `plan` samples."
 
     type: str
 
