@@ -25,6 +25,7 @@ from .guidance_schedule import GuidanceSchedule
 from .host_cache import HostCache
 from .knowledge import KnowledgeBase
 from .layer_skip import LayerSkip
+from .lora_weights import LoraWeights
 from .model_switch import ModelSwitch
 from .network import Evaluation, denoisers
 from .part import Part, Run, Sampling
@@ -38,6 +39,7 @@ from .scoring import Scorer
 from .solver import DiffusersSolver
 from .stats import ModuleRows, Stats, StepRecord, Work
 from .step_rehash import StepRehash
+from .student_weights import StudentWeights
 from .time_shift import TimeShift
 from .unet_deep import UNetDeep
 
@@ -69,6 +71,7 @@ __all__ = [
     "InputError",
     "KnowledgeBase",
     "LayerSkip",
+    "LoraWeights",
     "Memory",
     "ModelSwitch",
     "ModuleRows",
@@ -89,6 +92,7 @@ __all__ = [
     "Step",
     "StepRecord",
     "StepRehash",
+    "StudentWeights",
     "TimeShift",
     "TunedFor",
     "UNetDeep",

@@ -1,8 +1,8 @@
 """Running a plan on a stock diffusers pipeline, and taking it off without a trace.
 
 Everything that can fail is prepared on objects of our own before the pipeline is touched. Then the pipeline gets
-the prepared scheduler and a subclass of its own class whose ``__call__`` bounds each call: counters and hooks start
-there, and the denoiser is listened to only there, also when the call raises.
+the prepared scheduler, the networks that a plan brings, and a subclass of its own class whose ``__call__`` bounds each
+call: counters and hooks start there, and the denoiser is listened to only there, also when the call raises.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Attachment:
         self.plan = plan
         self.stats: Stats | None = None
         self._pipe: Any = pipe
-        self._denoisers = denoisers(pipe)
         self._class = type(pipe)
         self._signature = inspect.signature(self._class.__call__)
         self._run = self._prepare(pipe, plan, resources)
+        self._denoisers = denoisers(self._run.pipe)
         self.warnings = tuple(self._run.warnings)
         self._scheduler = self._run.scheduler
         self._process = self._run.process if self._run.hooks else None
@@ -83,6 +83,7 @@ class Attachment:
             warnings.warn(sentence, PlanWarning, stacklevel=3)
 
     def _prepare(self, pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> Run:
+        own = next(iter(denoisers(pipe).values()))
         run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=resources, folder=plan.folder)
         known = frozenset(self._signature.parameters)
         for part in plan.parts:
@@ -90,7 +91,7 @@ class Attachment:
         if plan.solver is not None:
             check_solver(pipe.scheduler, run.scheduler)
         if plan.tuned_for is not None:
-            plan.tuned_for.check(run, next(iter(self._denoisers.values())))
+            plan.tuned_for.check(run, own)
         return run
 
     def _wrap(self, run: Run) -> SchedulerState:
@@ -103,7 +104,8 @@ class Attachment:
     def _apply(self) -> None:
         """Touches the pipeline: nothing here can fail halfway, each line is one assignment."""
         pipe = self._pipe
-        self._kept = pipe.__dict__["scheduler"]
+        self._given = {"scheduler": self._scheduler, **self._run.networks}
+        self._kept = {name: pipe.__dict__[name] for name in self._given}
         body = {
             "__module__": self._class.__module__,
             "__qualname__": self._class.__qualname__,
@@ -111,11 +113,11 @@ class Attachment:
         }
         subclass = type(self._class.__name__, (self._class,), body)
         pipe.__dict__["_fewstep_attachment"] = self
-        pipe.__dict__["scheduler"] = self._scheduler
+        pipe.__dict__.update(self._given)
         pipe.__class__ = subclass
 
     def detach(self) -> None:
-        """Restores the pipeline: its class, its scheduler (also when another was assigned meanwhile) and its config.
+        """Restores the pipeline: its class, scheduler and networks (also when others were assigned) and its config.
 
         A second call does nothing.
         """
@@ -123,10 +125,11 @@ class Attachment:
         if vars(pipe).get("_fewstep_attachment") is not self:
             return
         pipe.__class__ = self._class
-        if pipe.scheduler is self._scheduler:
-            pipe.__dict__["scheduler"] = self._kept
-        else:  # assigned meanwhile, which wrote its name into the pipeline's config
-            pipe.scheduler = self._kept
+        for name, kept in self._kept.items():
+            if pipe.__dict__[name] is self._given[name]:
+                pipe.__dict__[name] = kept
+            else:  # assigned meanwhile, which wrote its name into the pipeline's config
+                setattr(pipe, name, kept)
         del pipe.__dict__["_fewstep_attachment"]
 
     def __enter__(self) -> Attachment:
@@ -190,7 +193,9 @@ class Attachment:
         hooks = tuple(make() for make in self._run.hooks)
         generator = self._signature.bind_partial(self._pipe, *args, **kwargs).arguments.get("generator")
         caches = tuple(make() for make in self._run.caches)
-        call = Call(self._denoisers, self._scheduler, hooks, self._process, generator, counter, caches)
+        call = Call(
+            self._denoisers, self._scheduler, hooks, self._process, generator, counter, caches, self._run.additions
+        )
         self._state.begin(call, grid)
         try:
             with listening(call.modules, call):

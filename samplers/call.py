@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .branches import Branches
 from .cache_call import CacheHook, Inside
-from .network import Evaluation, batch_rows, named_inputs, run_network
+from .network import NOTHING, Additions, Evaluation, batch_rows, named_inputs, run_network
 from .process import Process
 from .stats import Counter
 
@@ -74,6 +74,7 @@ class Call:
         process: the forward process; None where there are no hooks.
         generator: the call's generator, or one for each sample: for pipelines that give the scheduler none.
         caches: what the plan's caches do, beneath the hooks.
+        additions: what layers of the networks add to their outputs, by component name, beneath the caches.
     """
 
     networks: Mapping[str, nn.Module]
@@ -83,6 +84,7 @@ class Call:
     generator: Any = None
     counter: Counter = field(default_factory=Counter)
     caches: Sequence[CacheHook] = ()
+    additions: Mapping[str, Additions] = field(default_factory=dict)
     _index: int | None = None
     _ordinal: int = 0
     _branches: Branches = field(default_factory=Branches)
@@ -96,6 +98,8 @@ class Call:
         yield from self.networks.values()
         for cache in self.caches:
             yield from cache.modules.values()
+        for additions in self.additions.values():
+            yield from additions
 
     def listens_to(self, module: nn.Module) -> bool:
         """Whether ``module`` is one of the pipeline's denoisers."""
@@ -106,7 +110,7 @@ class Call:
         component = next(name for name, mine in self.networks.items() if mine is module)
         if not self.hooks and not self.caches:
             self.counter.evaluation(batch_rows({str(i): value for i, value in enumerate(args)} | kwargs), component)
-            return run_network(module, args, kwargs)
+            return run_network(module, args, kwargs, additions=self.additions.get(component, NOTHING))
         index = self.position()
         inputs = named_inputs(module, args, kwargs)
         branch = self._branches.of(component, inputs, self._ordinal)
@@ -127,7 +131,8 @@ class Call:
     def _run(self, evaluation: Evaluation) -> Any:
         self.counter.evaluation(evaluation.rows, evaluation.component)
         inside = Inside(self._watched, evaluation, self.counter) if self._watched else None
-        output = run_network(evaluation.network, (), evaluation.inputs, inside)
+        additions = self.additions.get(evaluation.component, NOTHING)
+        output = run_network(evaluation.network, (), evaluation.inputs, inside, additions)
         if self.caches:
             self.counter.held(sum(cache.held_bytes() for cache in self.caches))
         return output

@@ -88,9 +88,10 @@ def _about_plan(pipe: Any, plan: Plan, resources: Mapping[str, Any]) -> list[Fin
 
 def _about_part(subject: str, part: Part, run: Run, known: frozenset[str]) -> Finding:
     try:
+        noted = len(run.notes)
         part.prepare(run, known)
         if not isinstance(part, CachePart):
-            return Finding(subject, "runs", "")
+            return Finding(subject, "runs", "; ".join(run.notes[noted:]))
         return _about_cache(subject, part, run.pipe, count_timesteps(run) or _default_steps(run.pipe))
     except InputError as error:
         return Finding(subject, "refused", str(error))

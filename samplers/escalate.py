@@ -93,7 +93,7 @@ class Escalate(Part):
         plan = self.teacher_plan
         plan._folder = run.folder
         try:
-            teacher = TeacherPass(run.pipe, plan, self.strength, run.resources)
+            teacher = TeacherPass(run.own_pipe, plan, self.strength, run.resources)
         except InputError as error:
             raise InputError(f"teacher of the escalate part: {error}") from None
         run.warnings.extend(f"teacher of the escalate part: {sentence}" for sentence in teacher.handle.warnings)

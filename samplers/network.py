@@ -1,8 +1,8 @@
 """Network evaluations of a running call, seen and changed without touching the network.
 
-For the length of a call the denoiser, and the blocks in it that a cache watches, get subclasses of their own classes
-whose ``__call__`` asks the call that runs in this context. Hooks, compiled forwards and offloading of the module stay
-beneath it; another thread that uses the same network meanwhile runs it as it is.
+For the length of a call the denoiser, the blocks in it that a cache watches and the layers that weights are added to
+get subclasses of their own classes whose ``__call__`` asks the call that runs in this context. Hooks, compiled forwards
+and offloading of the module stay beneath it; another thread that uses the same network meanwhile runs it as it is.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,17 @@ class Listener(Protocol):
 
 LISTENER: ContextVar[Listener | None] = ContextVar("fewstep_listener", default=None)
 "The call that runs in this context, so that pipelines that share a network do not see each other."
+
+Addition = Callable[[Tensor, Tensor], Tensor]
+"""From the output of a layer and its input to the output with something added."""
+
+Additions = Mapping[nn.Module, tuple[Addition, ...]]
+"""What is added to the outputs of some layers, in this order."""
+
+NOTHING: Additions = MappingProxyType({})
+
+_ADDITIONS: ContextVar[Additions] = ContextVar("fewstep_additions", default=NOTHING)
+"What the evaluation that runs in this context adds, so that pipelines that share a network have their own weights."
 
 _LOCK = threading.Lock()
 _USERS: dict[int, int] = {}
@@ -71,7 +83,7 @@ def _listening(base: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = LISTENER.get()
         if listener is None or not listener.listens_to(self):
-            return base.__call__(self, *args, **kwargs)
+            return _run_own(base, self, args, kwargs)
         return listener.evaluate(self, args, kwargs)
 
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -104,19 +116,44 @@ def listening(modules: Iterable[nn.Module], listener: Listener) -> Iterator[None
 
 
 def run_network(
-    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inside: Listener | None = None
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inside: Listener | None = None,
+    additions: Additions = NOTHING,
 ) -> Any:
-    """Runs ``network`` itself, whoever listens to it; ``inside`` listens to the modules in it meanwhile."""
-    token = LISTENER.set(inside)
+    """Runs ``network`` itself, whoever listens to it.
+
+    Args:
+        network: the network.
+        args: positional arguments.
+        kwargs: the others.
+        inside: listens to the modules in it meanwhile.
+        additions: what its layers add meanwhile.
+    """
+    token, added = LISTENER.set(inside), _ADDITIONS.set(additions)
     try:
         return network(*args, **kwargs)
     finally:
+        _ADDITIONS.reset(added)
         LISTENER.reset(token)
 
 
 def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs ``module`` itself past its listener, who goes on listening to the modules in it."""
-    return own_class(module).__call__(module, *args, **kwargs)
+    return _run_own(own_class(module), module, args, kwargs)
+
+
+def _run_own(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of a module of class ``base``, with what is added to its output, in the output's dtype."""
+    output = base.__call__(module, *args, **kwargs)
+    additions = _ADDITIONS.get().get(module)
+    if additions is None:
+        return output
+    x, dtype = args[0] if args else next(iter(kwargs.values())), output.dtype
+    for addition in additions:
+        output = addition(output, x)
+    return output.to(dtype)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

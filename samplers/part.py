@@ -6,6 +6,7 @@ a registry in its own file and one field of `Plan`.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .cache_call import CacheHook
 from .call import CallHook
 from .errors import InputError
 from .explicit_base import GridAdapter
+from .network import Addition
 from .process import Process
 from .registry import Registry
 from .stats import Stats
@@ -52,7 +54,8 @@ class Run:
     """What an attached pipeline will do: filled by the parts of a plan before the pipeline is touched.
 
     Attributes:
-        pipe: the pipeline, to look at and never to change.
+        pipe: the pipeline, to look at and never to change; with the networks of `replace_network` in it.
+        own_pipe: the pipeline as the user handed it over.
         scheduler: a scheduler of our own, which the parts may change.
         timesteps: the explicit grid, or None for the scheduler's own.
         call_arguments: arguments that the plan sets in every call of the pipeline.
@@ -60,9 +63,12 @@ class Run:
             evaluation goes through the hooks in this order.
         arounds: what decides over whole calls, outermost first.
         caches: makers of what the caches do during a call, as with hooks; they are beneath all hooks.
+        additions: what layers of the pipeline's networks add to their outputs, by component name, beneath the caches.
+        networks: networks that take the place of the pipeline's own while the plan is attached, by component name.
         resources: objects that the user handed to ``attach`` by name, such as networks.
         folder: the folder of the plan's file, where files that it names are; None for a plan that was not loaded.
         warnings: sentences the user should read.
+        notes: sentences on what parts found in their files, for `doctor`.
     """
 
     pipe: Any
@@ -72,10 +78,23 @@ class Run:
     hooks: list[Callable[[], CallHook]] = field(default_factory=list)
     arounds: list[Around] = field(default_factory=list)
     caches: list[Callable[[], CacheHook]] = field(default_factory=list)
+    additions: dict[str, dict[nn.Module, tuple[Addition, ...]]] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    own_pipe: Any = field(init=False)
     _claimed: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own_pipe = self.pipe
+
+    def replace_network(self, component: str, network: nn.Module) -> None:
+        """Has ``network`` run as the pipeline's ``component`` while the plan is attached."""
+        self.networks[component] = network
+        self.pipe = copy.copy(self.pipe)
+        self.pipe.__dict__[component] = network
 
     def claim(self, part: str, modules: Mapping[str, nn.Module]) -> None:
         """Notes that a cache decides about some modules.

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from .cache import CACHES
 from .conditioning import CONDITIONINGS
 from .correction import CORRECTIONS
-from .errors import InputError, unknown_name
+from .errors import InputError, first_problem, unknown_name
 from .files import read_json, write_json
 from .grid import GRIDS
 from .guidance import GUIDANCES
@@ -21,6 +21,7 @@ from .part import Part, Slot
 from .provenance import Evidence, TunedFor
 from .solver import SOLVERS
 from .start import STARTS
+from .weights import WEIGHTS
 
 PLAN_VERSION = 1
 
@@ -35,6 +36,9 @@ class Plan(BaseModel):
 
     version: Literal[1] = Field(default=1, alias="fewstep_plan", description="Version of this format.")
     name: str | None = Field(default=None, min_length=1, max_length=100, description="What reports call it.")
+    weights: Annotated[tuple[Part, ...], Slot(WEIGHTS, many=True)] = Field(
+        default=(), description="What is added to the network's weights, or runs instead of it."
+    )
     solver: Annotated[Part | None, Slot(SOLVERS)] = Field(default=None, description="Which scheduler steps.")
     grid: Annotated[Part | None, Slot(GRIDS)] = Field(default=None, description="At which timesteps.")
     start: Annotated[Part | None, Slot(STARTS)] = Field(default=None, description="What sampling starts from.")
@@ -127,7 +131,7 @@ class Plan(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{source}: {_first_problem(error)}") from None
+            raise InputError(f"{source}: {first_problem(error)}") from None
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
@@ -145,11 +149,3 @@ class Plan(BaseModel):
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; the file is complete or absent."""
         write_json(Path(path), self.to_json())
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(step) for step in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    value = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
-    return f"{place + ': ' if place else ''}{message}{value}"

@@ -19,6 +19,7 @@ import copy
 import inspect
 import json
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,18 @@ class PartConformance:
         """What the part asks for by name; nothing, unless you override this."""
         return {}
 
+    def folder(self) -> Path | None:
+        """Where the files are that the part names, for ``plan.json`` beside them; None when it names none."""
+        return None
+
     def plan(self) -> Plan:
         """A plan with just this part."""
-        part = self.part()
-        return Plan(**{slot_of(part): part})
+        part, folder = self.part(), self.folder()
+        plan = Plan(**{slot_of(part): part})
+        if folder is None:
+            return plan
+        plan.save(folder / "plan.json")
+        return Plan.load(folder / "plan.json")
 
     def test_survives_json(self) -> None:
         plan = self.plan()
@@ -95,7 +104,7 @@ class PartConformance:
     def test_prepare_does_not_touch_the_pipeline(self) -> None:
         pipe = self.pipe()
         before, scheduler = dict(vars(pipe)), copy.deepcopy(vars(pipe.scheduler))
-        run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=self.resources())
+        run = Run(pipe, copy.deepcopy(pipe.scheduler), resources=self.resources(), folder=self.folder())
         self.part().prepare(run, frozenset({"num_inference_steps", "guidance_scale", "guidance_rescale"}))
         assert vars(pipe) == before
         assert str(vars(pipe.scheduler)) == str(scheduler)

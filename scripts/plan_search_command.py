@@ -87,7 +87,7 @@ def _rivals(pipe: Any, base: Plan, steps: int) -> dict[str, Plan]:
 
 def copy_files(plan: Plan, folder: Path) -> None:
     """Copies the files that a plan names from beside it into a folder."""
-    for name in (name for part in plan.parts for name in part.files):
+    for name in plan.file_digests():
         if plan.folder is not None and (source := plan.folder / name) != (folder / name).resolve():
             with atomic_path(folder / name) as path:
                 shutil.copyfile(source, path)

@@ -30,6 +30,7 @@ from fewstep.samplers import (
     GuidanceSchedule,
     HostCache,
     KnowledgeBase,
+    LoraWeights,
     ModelSwitch,
     Part,
     Plan,
@@ -39,11 +40,13 @@ from fewstep.samplers import (
     SpacingGrid,
     StartStatistics,
     StepRehash,
+    StudentWeights,
     TimeShift,
     UNetDeep,
     attach,
 )
 from fewstep.samplers.explicit import EXPLICIT
+from fewstep.samplers.files import write_tensors
 from fewstep.samplers.layer_skip import LayerSkip
 from fewstep.samplers.part import Slot
 from fewstep.samplers.testing import ExplicitGridConformance, PartConformance, slot_of
@@ -69,18 +72,27 @@ def knowledge_base():
 
 @dataclass(frozen=True)
 class Case:
-    """A part, what it asks for by name, arguments of the call that it leaves to the user, and a pipeline."""
+    """A part, what it asks for by name, the call's arguments that it leaves to the user, a pipeline, and its files."""
 
     part: Part
     resources: Callable[[], dict] = dict
     call: dict = field(default_factory=dict)
     pipe: Callable[[], Any] = tiny_dit
+    files: Callable[[Path], Any] | None = None
+
+
+def low_rank(folder):
+    draw = torch.Generator().manual_seed(1)
+    key = "transformer.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lora_{side}.weight": torch.randn(shape, generator=draw) for side, shape in LOW_RANK.items()}
+    write_tensors(folder / "pytorch_lora_weights.safetensors", tensors)
 
 
 def tiny_blocks():
     return tiny_dit(layers=3)
 
 
+LOW_RANK = {"A": (2, 16), "B": (16, 2)}
 THREE = {"num_inference_steps": 3}
 FIVE = {"num_inference_steps": 5}
 EVERY_SECOND = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [-1, 1001]}
@@ -93,6 +105,8 @@ TAYLOR = {
 
 
 CASES = [
+    Case(LoraWeights(scale=0.5), files=low_rank),
+    Case(StudentWeights(), files=lambda folder: second_network().save_pretrained(folder / "transformer")),
     Case(DiffusersSolver(scheduler="EulerDiscreteScheduler")),
     Case(DiffusersSolver(scheduler="EulerAncestralDiscreteScheduler")),
     Case(SpacingGrid(steps=3, spacing="linspace")),
@@ -173,8 +187,10 @@ STOPS = {"DEISMultistepScheduler": 0.0, "SASolverScheduler": 0.0, "TCDScheduler"
 
 class TestParts(PartConformance):
     @pytest.fixture(autouse=True, params=CASES, ids=lambda case: case.part.type)
-    def _choose(self, request):
-        self.chosen = request.param
+    def _choose(self, request, tmp_path):
+        self.chosen, self.scratch = request.param, tmp_path
+        if self.chosen.files is not None:
+            self.chosen.files(tmp_path)
 
     def part(self):
         return self.chosen.part
@@ -188,27 +204,34 @@ class TestParts(PartConformance):
     def resources(self):
         return self.chosen.resources()
 
+    def folder(self):
+        return None if self.chosen.files is None else self.scratch
 
-def digests():
+
+def digests(scratch):
     """Of the images of every part, in this process."""
     found = []
     for case in CASES:
-        pipe = case.pipe()
-        with attach(pipe, Plan(**{slot_of(case.part): case.part}), case.resources()):
+        pipe, plan = case.pipe(), Plan(**{slot_of(case.part): case.part})
+        if case.files is not None:
+            case.files(scratch)
+            plan.save(scratch / "plan.json")
+            plan = Plan.load(scratch / "plan.json")
+        with attach(pipe, plan, case.resources()):
             images = pipe(**call_arguments(pipe) | case.call).images
         found.append(hashlib.sha256(images.tobytes()).hexdigest())
     return found
 
 
-def test_seeds_reproduce_in_another_process():
-    script = "import test_conformance; print(*test_conformance.digests())"
+def test_seeds_reproduce_in_another_process(tmp_path):
+    script = f"import pathlib, test_conformance; print(*test_conformance.digests(pathlib.Path({str(tmp_path)!r})))"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "7"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300, check=True
     )
-    assert run.stdout.split() == digests()
+    assert run.stdout.split() == digests(tmp_path)
 
 
 class TestExplicitGrids(ExplicitGridConformance):
