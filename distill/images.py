@@ -62,6 +62,27 @@ class Images(ABC):
         """What distinguishes an image from the others; it does not have to be read for it."""
 
 
+class First(Images):
+    """The first ones of other images.
+
+    Args:
+        images: of which.
+        count: how many, at most.
+    """
+
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, min(count, len(images))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def example(self, index: int) -> Example:
+        return self.images.example(index)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+
 def open_images(source: str, split: str = "train") -> Images:
     """Images of a folder, webdataset shards, or a data set.
 

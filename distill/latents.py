@@ -268,9 +268,9 @@ def _laid_out(pipe: Any, layout: Layout, latents: Tensor) -> Tensor:
 
 @contextmanager
 def _in_float32(network: Any) -> Iterator[Any]:
-    """A network with its parameters in float32 until the block ends."""
+    """A network with its parameters in float32 until the block ends; diffusers' own ``to`` warns each time."""
     dtype = next(network.parameters()).dtype
     try:
-        yield network.float()
+        yield nn.Module.to(network, dtype=torch.float32)
     finally:
-        network.to(dtype)
+        nn.Module.to(network, dtype=dtype)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .loop_options import LoopOptions
 from .method import Loss, Method, Moment, Source, TrainedRoles, seed_of
 from .optimisers import RoleOptimiser
 from .run_log import Means, RunLog, tracked_settings
-from .schedule import Counters, rate_factor
+from .schedule import AVERAGE, Average, Counters, Schedule, rate_factor
 from .stopping import StopRequest
 
 Watch = Callable[[int], Mapping[str, float]]
@@ -82,7 +82,7 @@ class Loop:
             )
         self.method, self.roles, self.source, self.options = method, roles, source, options
         self.accelerator, self.watch = accelerator, watch
-        self.schedule = method.turns()
+        self.schedule = _averaged(method.turns(), options)
         self.counters = Counters()
         self.checkpoints = Checkpoints(options.output_dir, options.checkpoints_total_limit)
         self.optimisers = {role: RoleOptimiser(role, roles.trainable(role), options) for role in self.schedule.roles}
@@ -285,3 +285,10 @@ class Loop:
         if self.accelerator.reduce(failed, "max").item():
             raise failure or InputError("the main process could not write a checkpoint; its message says why")
         return self.checkpoints.path(self.counters.step)
+
+
+def _averaged(schedule: Schedule, options: LoopOptions) -> Schedule:
+    """The schedule with the average that is sampled with, where the options want one."""
+    if not options.use_ema:
+        return schedule
+    return replace(schedule, averages=(*schedule.averages, Average(AVERAGE, options.ema_decay)))

@@ -107,6 +107,11 @@ class Roles:
             if isinstance(role.kind, Ema):
                 self.update_ema(name, 0.0)
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each role is, by name."""
+        return dict(self._kinds)
+
     def _adapter(self, name: str, layers: tuple[str, ...]) -> _Role:
         kind = self._kinds[name]
         add_adapter(self._base, name, self._setting(name), layers)

@@ -48,6 +48,10 @@ class Stage:
     fresh: tuple[str, ...] = ()
 
 
+AVERAGE = "average"
+"The role that averages the student over the run, to be sampled with; a method's target is another."
+
+
 @dataclass(frozen=True)
 class Average:
     """A role that is the moving average of another one, moved after each update of the leading role.

@@ -16,8 +16,9 @@ from .jumps import Denoiser
 from .lora import LoraSetting
 from .method import Method, Moment
 from .predict import Prediction, guided, predict
-from .role_kinds import Adapter, FullCopy
+from .role_kinds import Adapter, Ema, FullCopy
 from .roles import Roles
+from .schedule import AVERAGE
 from .times import Draws, Range
 
 
@@ -114,7 +115,14 @@ def noise_like(x: Tensor, moment: Moment) -> Tensor:
     return moment.rows(lambda generator: torch.randn(x.shape[1:], generator=generator))
 
 
-def make_team(network: nn.Module, process: Process, method: Method, lora: LoraSetting | None, guidance: float) -> Team:
+def make_team(
+    network: nn.Module,
+    process: Process,
+    method: Method,
+    lora: LoraSetting | None,
+    guidance: float,
+    average: bool = False,
+) -> Team:
     """The team of a method on a network, which it freezes.
 
     Args:
@@ -123,10 +131,12 @@ def make_team(network: nn.Module, process: Process, method: Method, lora: LoraSe
         method: says who there is.
         lora: the student's adapter; None to train all weights.
         guidance: scale of the teacher where the method says none.
+        average: whether the student is averaged over the run (`AVERAGE`).
 
     Raises:
         InputError: when the method cannot train such a network; it has not been changed then.
     """
     student = FullCopy() if lora is None else Adapter(lora)
     fitted = method.fitted(network)
-    return Team(Roles(fitted, method.kinds(student, fitted)), process, guidance)
+    averaged = {AVERAGE: Ema("student")} if average else {}
+    return Team(Roles(fitted, {**method.kinds(student, fitted), **averaged}), process, guidance)
