@@ -142,13 +142,17 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    needs: ClassVar[Needs] = "data"
     lora_rank: ClassVar[int] = 0
     "Rank of the student's adapter where the user says none; 0 trains all weights."
     students: ClassVar[tuple[str, ...]] = ("student",)
     "Roles that the run is for, and that ship; the first is the one that `plan` samples."
 
     type: str
+
+    @property
+    def needs(self) -> Needs:
+        """What it is trained with; a class variable where the fields do not decide."""
+        return "data"
 
     @abstractmethod
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:

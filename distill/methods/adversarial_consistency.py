@@ -1,0 +1,69 @@
+"""Consistency distillation with an adversary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ..adversary import DISC, Adversary, heads_on
+from ..method import METHODS, Loss, Moment
+from ..predict import Prediction
+from ..role_kinds import Kind
+from ..schedule import Schedule, Stage
+from ..sources import Batch
+from ..team import Team
+from ..terms import GAN_LOSSES
+from .lcm import LCM
+
+
+@METHODS.register("adversarial-consistency")
+class AdversarialConsistency(LCM):
+    """Latent consistency distillation whose jumps also pass for data, as OSV's second stage (arXiv:2409.11367).
+
+    The discriminator is heads on the frozen teacher, which is shown the student's jump and the data under new noise.
+    What is real is the data: PCM's code takes the consistency target for it, which the student already matches. Both
+    learn in every turn from one jump; discriminators on images or on DINO's features need a decoder, these do not.
+    """
+
+    type: Literal["adversarial-consistency"] = "adversarial-consistency"  # type: ignore[assignment]
+    gan_weight: float = Field(default=0.1, gt=0, description="Of the adversarial term beside the match.")
+    gan_loss: str = Field(default="hinge", description="hinge, saturating-hinge, softplus or least-squares.")
+    feature_maps: int = Field(default=4, ge=1, description="Blocks of the teacher that the discriminator looks at.")
+
+    @field_validator("gan_loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        GAN_LOSSES[name]
+        return name
+
+    def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
+        """Those of the consistency distillation, and the discriminator's heads."""
+        return {**super().kinds(student, network), DISC: heads_on(network, self.feature_maps)}
+
+    def turns(self) -> Schedule:
+        """Student and discriminator in every turn."""
+        return replace(super().turns(), stages=(Stage((("student", DISC),)),))
+
+    def losses(self, batch: Batch, roles: Team, moment: Moment) -> Iterator[Loss]:
+        """The match and the adversarial term on the same jump, and the discriminator's."""
+        assert batch.x0 is not None
+        jumps: list[Tensor] = []
+        online = roles.denoiser("student", batch.condition)
+
+        def student(x: Tensor, t: Tensor) -> Prediction:
+            prediction = online(x, t)
+            clean = torch.full_like(t, roles.process.clean_time)
+            jumps.append(self.jump(roles.process)(roles.process, x, t, clean, prediction))
+            return prediction
+
+        match = self.match(batch, roles, moment, student)
+        adversary = Adversary(roles, batch.condition, moment, self.feature_maps, GAN_LOSSES[self.gan_loss]())
+        gan = adversary.student(jumps[0])
+        parts = {"match": match.detach(), "gan": gan.detach()}
+        yield Loss("jump", "student", match + self.gan_weight * gan, parts)
+        yield Loss("gan", DISC, adversary.discriminator(batch.x0, jumps[0].detach()))
