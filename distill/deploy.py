@@ -10,12 +10,22 @@ from ..samplers.errors import InputError
 from ..samplers.process import Process
 from ..samplers.schedules import EDMSchedule, FlowSchedule, InvertedFlowSchedule, TableSchedule
 
-_CONSISTENCY = {TableSchedule: "LCMScheduler", FlowSchedule: "FlowMatchLCMScheduler"}
-_LANDING = {
+_CONSISTENCY: dict[type, str] = {
+    TableSchedule: "LCMScheduler",
+    FlowSchedule: "FlowMatchLCMScheduler",
+    EDMSchedule: "EDMDPMSolverMultistepScheduler",
+}
+_ANCESTRAL: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+_LANDING: dict[type, str] = {
     TableSchedule: "DDIMScheduler",
     FlowSchedule: "FlowMatchEulerDiscreteScheduler",
     EDMSchedule: "EDMEulerScheduler",
 }
+_TO_CLEAN: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {"set_alpha_to_one": True},
+    "EDMEulerScheduler": {"final_sigmas_type": "zero"},
+}
+_TRAJECTORY: dict[type, str] = {TableSchedule: "TCDScheduler", FlowSchedule: "LTXEulerAncestralRFScheduler"}
 
 
 def spread(points: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -36,8 +46,21 @@ def spread(points: Sequence[float], steps: int) -> tuple[float, ...]:
     return tuple(points[intervals - step * intervals // steps] for step in range(steps))
 
 
+def segment_times(points: Sequence[float], edges: Sequence[int]) -> tuple[float, ...]:
+    """The noisy ends of segments, noisiest first: where a student is asked that lands at their clean ends.
+
+    Args:
+        points: of the grid, from the cleanest to the noisiest.
+        edges: indices of the points where segments begin, rising from 0.
+    """
+    return tuple(points[edge] for edge in (len(points) - 1, *edges[:0:-1]))
+
+
 def consistency_plan(process: Process, times: Sequence[float], **config: Any) -> Plan:
     """Multistep consistency sampling (arXiv:2303.01469 algorithm 1): to clean data, and noise again to the next time.
+
+    On EDM, for which diffusers has none that tells the network its time, it is the ancestral step: a draw of
+    q(x_s | x_t, x0) keeps (sigma_s/sigma_t)^2 of the state, which is little between few steps.
 
     Args:
         process: of the pipeline.
@@ -47,6 +70,8 @@ def consistency_plan(process: Process, times: Sequence[float], **config: Any) ->
     Raises:
         InputError: for a process that diffusers has no such scheduler for.
     """
+    if isinstance(process.schedule, EDMSchedule):
+        config = _ANCESTRAL | config
     return _plan(_scheduler(process, _CONSISTENCY, "consistency"), times, config)
 
 
@@ -61,7 +86,29 @@ def landing_plan(process: Process, times: Sequence[float], **config: Any) -> Pla
     Raises:
         InputError: for a process that diffusers has no such scheduler for.
     """
-    return _plan(_scheduler(process, _LANDING, "first-order"), times, config)
+    name = _scheduler(process, _LANDING, "first-order")
+    return _plan(name, times, _TO_CLEAN.get(name, {}) | config)
+
+
+def trajectory_plan(process: Process, times: Sequence[float], eta: float) -> Plan:
+    """Strategic stochastic sampling (arXiv:2402.19159 algorithm 4): past the next time, and noise again up to it.
+
+    On a table the student jumps to 1 - eta of the next time, and at last to timestep 0. Along a flow the scheduler has
+    an eta of its own: the jump is to sigma_s (1 - eta (1 - sigma_s/sigma_t)), which for eta = 1 is ancestral sampling.
+
+    Args:
+        process: of the pipeline.
+        times: noisiest first.
+        eta: 0 (deterministic) to 1.
+
+    Raises:
+        InputError: for a process that diffusers has no such scheduler for.
+    """
+    if eta == 0 and not isinstance(process.schedule, TableSchedule):
+        return landing_plan(process, times)
+    if isinstance(process.schedule, EDMSchedule):
+        raise InputError(f"diffusers has no stochastic trajectory sampler for EDM; set eta to 0, not {eta:g}")
+    return _plan(_scheduler(process, _TRAJECTORY, "trajectory"), times, {"eta": eta})
 
 
 def unguided(plan: Plan) -> Plan:

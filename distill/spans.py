@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +45,7 @@ class GridSpans(SpanLaw):
     """Neighbours on a grid, and the end of the segment they are in.
 
     One segment is consistency distillation (arXiv:2303.01469) and LCM (arXiv:2310.04378); several are PCM
-    (arXiv:2405.18407), Hyper-SD's TSCD (arXiv:2404.13686), and both directions of iCD (arXiv:2406.14539).
+    (arXiv:2405.18407) and both directions of iCD (arXiv:2406.14539).
 
     Args:
         points: times of the process from the cleanest end to the noisiest, at least 2.
@@ -64,9 +63,7 @@ class GridSpans(SpanLaw):
         intervals = len(self.points) - 1
         if intervals < 1:
             raise InputError(f"a grid needs at least 2 points; got {len(self.points)}")
-        rising = all(a < b for a, b in pairwise(self.edges))
-        if not self.edges or self.edges[0] != 0 or not rising or self.edges[-1] >= intervals:
-            raise InputError(f"edges must rise from 0 and stay below {intervals}, the last point; got {self.edges}")
+        _check_edges(self.edges, intervals)
         check_weights(self.weights, intervals)
 
     def __call__(self, process: Process, count: int, draws: Draws) -> Span:
@@ -81,22 +78,28 @@ class GridSpans(SpanLaw):
 
 @dataclass(frozen=True)
 class TrajectorySpans(SpanLaw):
-    """Neighbours on a grid, and any point from the cleaner of them to clean: TCD (arXiv:2402.19159).
+    """Neighbours on a grid, and any point from the cleaner of them to where their segment begins.
+
+    One segment is TCD (arXiv:2402.19159), several are Hyper-SD's TSCD (arXiv:2404.13686).
 
     Args:
         points: times of the process from the cleanest end to the noisiest, at least 2.
+        edges: indices of points where segments begin, rising from 0 (`segment_edges`).
     """
 
     points: tuple[float, ...]
+    edges: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if len(self.points) < 2:
             raise InputError(f"a grid needs at least 2 points; got {len(self.points)}")
+        _check_edges(self.edges, len(self.points) - 1)
 
     def __call__(self, process: Process, count: int, draws: Draws) -> Span:
-        points = torch.tensor(self.points, dtype=torch.float64)
+        points, edges = torch.tensor(self.points, dtype=torch.float64), torch.tensor(self.edges)
         lower = indices(None, len(self.points) - 1, count, draws)
-        end = (uniform(draws, count) * (lower + 1)).floor().long()
+        first = edges[torch.searchsorted(edges, lower, right=True) - 1]
+        end = first + (uniform(draws, count) * (lower - first + 1)).floor().long()
         return Span(points[lower + 1], points[lower], points[end])
 
 
@@ -187,12 +190,20 @@ def karras_points(
 def segment_edges(steps: int, segments: int) -> tuple[int, ...]:
     """Indices where ``segments`` even segments of ``steps`` intervals begin, rounded down as PCM's code has them.
 
+    The segments of a multiple of ``segments`` lie within these.
+
     Raises:
         InputError: when there are more segments than steps, or none.
     """
     if not 1 <= segments <= steps:
         raise InputError(f"segments must be 1 to {steps}, the number of steps; got {segments}")
-    return tuple(np.linspace(0, steps, segments, endpoint=False).astype(int).tolist())
+    return tuple(index * steps // segments for index in range(segments))
+
+
+def _check_edges(edges: tuple[int, ...], intervals: int) -> None:
+    rising = all(a < b for a, b in pairwise(edges))
+    if not edges or edges[0] != 0 or not rising or edges[-1] >= intervals:
+        raise InputError(f"edges must rise from 0 and stay below {intervals}, the last point; got {edges}")
 
 
 def normal_weights(levels: Sequence[float], mean: float = -1.1, std: float = 2.0) -> tuple[float, ...]:

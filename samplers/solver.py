@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import diffusers
@@ -53,15 +54,43 @@ class DiffusersSolver(Part):
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Replaces the run's scheduler.
 
+        ``config`` may also name numbers that the scheduler's step takes, such as ``eta``; they hold in place of what
+        the pipeline's call says.
+
         Raises:
             InputError: for an unknown scheduler or option, or options that it refuses.
         """
         cls = scheduler_class(self.scheduler)
         options = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        of_step = step_options(cls) - options
         for option in self.config:
-            if option not in options:
-                raise unknown_name(f"option of {self.scheduler}", option, options)
-        run.scheduler = make_scheduler(cls, run.scheduler, self.config)
+            if option not in options | of_step:
+                raise unknown_name(f"option of {self.scheduler}", option, options | of_step)
+        made = {name: value for name, value in self.config.items() if name in options}
+        run.scheduler = make_scheduler(cls, run.scheduler, made)
+        if stepped := {name: value for name, value in self.config.items() if name in of_step}:
+            fix_step(run.scheduler, stepped)
+
+
+def step_options(cls: type[SchedulerMixin]) -> set[str]:
+    """The numbers and switches that a scheduler's step takes beside tensors, such as ``eta`` or ``s_churn``."""
+    step: Any = getattr(cls, "step", None)
+    known = inspect.signature(step).parameters.values() if step is not None else ()
+    return {each.name for each in known if isinstance(each.default, int | float)} - {"return_dict"}
+
+
+def fix_step(scheduler: Any, options: Mapping[str, Any]) -> None:
+    """Gives a scheduler a subclass, in place, whose step has some of its options fixed, and takes them no more."""
+    base: Any = type(scheduler)
+    signature = inspect.signature(base.step)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.step(self, *args, **kwargs, **options)
+
+    kept = [each for name, each in signature.parameters.items() if name not in options]
+    step.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "step": step}
+    scheduler.__class__ = type(base.__name__, (base,), body)
 
 
 def make_scheduler(cls: type[SchedulerMixin], like: SchedulerMixin, options: dict[str, Any]) -> SchedulerMixin:

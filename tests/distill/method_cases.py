@@ -34,8 +34,14 @@ class Case:
 
 
 CASES = {
+    "cd": Case({"grid_steps": 6, "guidance_scale": (2.0,)}),
+    "ect": Case({"stage_steps": 2}),
+    "lcf": Case({"grid_steps": 10}),
     "lcm": Case({"grid_steps": 10, "guidance_scale": (2.0, 4.0)}),
     "lcm-lora": Case({"grid_steps": 10, "guidance_scale": (3.0,)}),
+    "pcm": Case({"grid_steps": 9, "phases": 3}, steps=3),
+    "tcd": Case({"grid_steps": 10}, steps=3),
+    "tscd": Case({"grid_steps": 8, "segments": (4, 2), "stage_steps": 2}, steps=4),
 }
 
 
