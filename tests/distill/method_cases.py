@@ -34,6 +34,12 @@ class Case:
 
 
 CASES = {
+    "guided": Case({"embed_guidance": False, "guidance_scale": (3.0,)}, steps=3),
+    "guided-lora": Case(steps=3),
+    "instaflow": Case(steps=1),
+    "progressive": Case({"teacher_steps": 8, "final_steps": 2, "stage_steps": 2}),
+    "reflow": Case(steps=3),
+    "scm": Case({"warmup_steps": 2}, steps=3),
     "cd": Case({"grid_steps": 6, "guidance_scale": (2.0,)}),
     "ect": Case({"stage_steps": 2}),
     "lcf": Case({"grid_steps": 10}),
