@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,16 +64,23 @@ class LoraWeights(Part):
             raise InputError(
                 f"a student part replaces {component}, and {self.file} is for the pipeline's own; keep one of them"
             )
-        _refuse_closed(component, inner(network))
+        _refuse_fused(component, inner(network))
         additions = {}
         for name, layer in lora.layers.items():
             module = _layer(inner(network), name, self.file)
             if module in additions:
-                raise InputError(f"{self.file} adapts {name} twice, under two names of one layer; leave one of them out")
+                raise InputError(
+                    f"{self.file} adapts {name} twice, under two names of one layer; leave one of them out"
+                )
             additions[module] = _low_rank(name, layer, module, self.scale)
         before = run.additions.setdefault(component, {})
         for module, addition in additions.items():
             before[module] = (*before.get(module, ()), addition)
+        if _is_compiled(network):
+            run.warnings.append(
+                f"{component} is compiled: its graph breaks at each of the {len(additions)} layers of {self.file}, "
+                "which fullgraph=True does not allow; for speed, load it with pipe.load_lora_weights before compiling"
+            )
         run.notes.append(f"adapts {len(additions)} layers of {component} with {2 * len(additions)} tensors")
 
 
@@ -101,10 +109,17 @@ class _LowRank:
         return output + functional.conv2d(functional.conv2d(x, down, **self.options), up) * self.scaling
 
 
-def _refuse_closed(component: str, network: nn.Module) -> None:
-    """Raises ``InputError`` for networks whose layers are not called, or not by their own names."""
+def _is_compiled(network: nn.Module) -> bool:
+    return inner(network) is not network or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()
+    )
+
+
+def _refuse_fused(component: str, network: nn.Module) -> None:
+    """Raises ``InputError`` for a network that runs fused projections instead of its layers."""
     for name, module in network.named_modules():
-        if getattr(module, "fused_projections", False) is True:
+        separate = isinstance(module, Attention) and not type(module.processor).__name__.startswith("Fused")
+        if getattr(module, "fused_projections", False) is True and not separate:
             raise InputError(
                 f"{component} has fused projections ({name or 'the whole network'}), which run instead of the layers "
                 "of the LoRA; call pipe.unfuse_qkv_projections() first"
