@@ -100,7 +100,8 @@ def export_student(
     """Writes a student: an adapter, or its network as ``save_pretrained`` does; and its plans.
 
     An export that was there is replaced when the new one is complete; ``plan.json`` goes away first and comes last.
-    A method with several students has a folder for each.
+    Of a method with several students the first one is sampled; the others have folders of their names in ``folder``,
+    and need no plans.
 
     Args:
         pipe: the teacher's pipeline.
@@ -122,7 +123,7 @@ def export_student(
     adapter = lora_setting(roles.kinds, roles.kinds[sampled]) is not None
     if kohya and not adapter:
         raise InputError("kohya's keys are for adapters, and this student has all weights; leave --kohya out")
-    if len(getattr(method, "students", ())) > 1:
+    if role != method.students[0]:
         folder = folder / role
     lora = None
     with _replacing(folder) as staged:

@@ -133,11 +133,6 @@ class Roles:
         return self._roles[name]
 
     @property
-    def kinds(self) -> dict[str, Kind]:
-        """What each role is, by name."""
-        return dict(self._kinds)
-
-    @property
     def trained(self) -> tuple[str, ...]:
         """Names of the roles that have parameters to train."""
         return tuple(name for name in self._kinds if self._roles[name].trained)

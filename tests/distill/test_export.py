@@ -136,18 +136,22 @@ def test_guidance_is_switched_off_where_the_pipeline_would_add_a_branch():
     assert deployed_plan(pipe, pipe.unet, without, plan).guidance is None
 
 
-def test_students_of_one_method_have_a_folder_each(tmp_path):
-    class Two(type(METHOD)):
-        @property
-        def students(self):
-            return ("student", "reverse")
-
+def test_further_students_of_a_method_have_folders_of_their_names(tmp_path):
     pipe = tiny_dit()
-    method = Two(**METHOD.model_dump())
-    made = export(pipe, "transformer", trained(pipe, "transformer", method=method), tmp_path, method=method)
-    assert made.folder == tmp_path / "student"
-    with attach(tiny_dit(), Plan.load(tmp_path / "student" / "plan.json")):
-        pass
+    method = method_of("icd")
+    process = Process.from_scheduler(pipe.scheduler)
+    base = origin(pipe)
+    team = make_team(pipe.transformer, process, method, LoraSetting(2, 3.0), guidance=2.0)
+    plans = {2: method.plan(process, 2)}
+    first, second = method.students
+    made = [
+        export_student(pipe, "transformer", team, role, method, shown, tmp_path, base=base)
+        for role, shown in ((first, plans), (second, {}))
+    ]
+    assert [each.folder for each in made] == [tmp_path, tmp_path / second]
+    assert not list((tmp_path / second).glob("plan*"))
+    with attach(tiny_dit(), Plan.load(tmp_path / "plan.json")) as handle:
+        assert handle.warnings == ()
 
 
 def test_bad_exports(tmp_path):
