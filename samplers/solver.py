@@ -70,6 +70,8 @@ class DiffusersSolver(Part):
         run.scheduler = make_scheduler(cls, run.scheduler, made)
         if stepped := {name: value for name, value in self.config.items() if name in of_step}:
             fix_step(run.scheduler, stepped)
+            for name in known_arguments & stepped.keys():
+                run.set_argument("solver", name, stepped[name], known_arguments)
 
 
 def step_options(cls: type[SchedulerMixin]) -> set[str]:

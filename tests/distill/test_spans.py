@@ -115,6 +115,8 @@ def test_segments():
     assert segment_edges(50, 4) == (0, 12, 25, 37)
     assert segment_edges(50, 1) == (0,)
     assert segment_edges(4, 4) == (0, 1, 2, 3)
+    for steps, few, more in ((30, 2, 22), (30, 13, 26), (52, 23, 46)):
+        assert set(segment_edges(steps, few)) <= set(segment_edges(steps, more))
 
 
 def test_curricula():
@@ -132,6 +134,7 @@ def test_curricula():
         (lambda: GridSpans((1.0,)), r"a grid needs at least 2 points; got 1"),
         (lambda: TrajectorySpans(()), r"a grid needs at least 2 points; got 0"),
         (lambda: GridSpans((0.0, 1.0, 2.0), (0, 2)), r"edges must rise from 0 and stay below 2, the last point; got"),
+        (lambda: TrajectorySpans((0.0, 1.0), (1,)), r"edges must rise from 0 and stay below 1, the last point; got"),
         (lambda: GridSpans((0.0, 1.0), (1,)), r"edges must rise from 0 and stay below 1, the last point; got \(1,\)"),
         (lambda: GridSpans((0.0, 1.0), weights=(1.0, 1.0)), r"1 values need as many weights; got 2"),
         (lambda: TuningSpans(LogNormalTimes(), stage=-1), r"stage must be 0 or more; got -1"),
