@@ -83,6 +83,11 @@ class Escalate(Part):
         """The plan that finishes rejected samples."""
         return Plan.from_json(self.teacher, "teacher")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that this part reads."""
+        return tuple(name for part in self.teacher_plan.parts for name in part.files)
+
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         """Attaches the teacher to a copy of the pipeline, and decides over the run's calls.
 

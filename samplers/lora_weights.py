@@ -139,7 +139,9 @@ def _layer(network: nn.Module, name: str, file: str) -> nn.Module:
 
 def _low_rank(name: str, layer: LoraLayer, module: nn.Module, scale: float) -> _LowRank:
     """What a layer of the file adds to the output of ``module``."""
-    base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    base: Any = module
+    if hasattr(base, "get_base_layer"):  # of an adapter that PEFT put there
+        base = base.get_base_layer()
     kind = own_class(base)
     if kind not in (nn.Linear, nn.Conv2d):
         raise InputError(f"{name} is a {kind.__name__}; a LoRA of a plan adapts plain linear layers and convolutions")

@@ -18,6 +18,7 @@ from fewstep.distill.export_lora import DIFFUSERS_FILE, PEFT_FILE, export_lora
 from fewstep.distill.lora import Lora, LoraSetting, adapted_layers
 from fewstep.samplers import (
     BlockMask,
+    Escalate,
     Gate,
     HostCache,
     InputError,
@@ -246,6 +247,17 @@ def test_a_call_that_raises_leaves_nothing_behind(tmp_path):
     assert np.array_equal(images_of(pipe, num_inference_steps=3), plain)
 
 
+def test_the_weights_follow_their_layer_to_another_device(tmp_path):
+    pipe = tiny_dit()
+    plan, _ = saved(tmp_path, pipe)
+    name = next(iter(random_lora(pipe.transformer).layers))
+    with attach(pipe, plan) as handle:
+        (addition,) = handle._run.additions["transformer"][pipe.transformer.get_submodule(name)]
+        for device in ("cpu", "meta"):
+            output, x = torch.zeros(2, 16, device=device), torch.ones(2, 16)
+            assert addition(output, x).device == torch.device(device)
+
+
 def test_a_network_that_is_compiled_runs_with_it_and_the_plan_says_what_it_costs(tmp_path):
     pipe = tiny_dit()
     plan, _ = saved(tmp_path, pipe, LoraSetting(2, 2.0, ("to_q",)), steps=2)
@@ -267,6 +279,8 @@ def test_the_plan_knows_its_files_and_the_base_that_it_is_for(tmp_path):
     tuned = plan.model_copy(update={"tuned_for": TunedFor(fingerprint=fingerprint(pipe.transformer))})
     with warnings.catch_warnings(action="error"), attach(pipe, tuned) as handle:
         assert handle.warnings == ()
+    teacher = Escalate(teacher=plan, strength=1.0, threshold=0.5)
+    assert loaded(tmp_path, models=teacher).file_digests() == plan.file_digests()
     (finding,) = [finding for finding in doctor(pipe, plan).findings if finding.subject == "weights: lora"]
     assert (finding.verdict, finding.text) == ("runs", "adapts 6 layers of transformer with 12 tensors")
 
