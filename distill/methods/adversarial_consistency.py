@@ -10,19 +10,22 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from ...samplers.process import Process
 from ..adversary import DISC, Adversary, heads_on
 from ..method import METHODS, Loss, Moment
 from ..predict import Prediction
 from ..role_kinds import Kind
 from ..schedule import Schedule, Stage
 from ..sources import Batch
+from ..spans import GridSpans, SpanLaw
 from ..team import Team
 from ..terms import GAN_LOSSES
-from .lcm import LCM
+from .matching import Distilling
+from .multistep import MultistepOnGrid
 
 
 @METHODS.register("adversarial-consistency")
-class AdversarialConsistency(LCM):
+class AdversarialConsistency(MultistepOnGrid, Distilling):
     """Latent consistency distillation whose jumps also pass for data, as OSV's second stage (arXiv:2409.11367).
 
     The discriminator is heads on the frozen teacher, which is shown the student's jump and the data under new noise.
@@ -30,7 +33,10 @@ class AdversarialConsistency(LCM):
     learn in every turn from one jump; discriminators on images or on DINO's features need a decoder, these do not.
     """
 
-    type: Literal["adversarial-consistency"] = "adversarial-consistency"  # type: ignore[assignment]
+    type: Literal["adversarial-consistency"] = "adversarial-consistency"
+    target_decay: float | None = Field(
+        default=0.95, ge=0, lt=1, description="Of the average that is the target; none for the student itself."
+    )
     gan_weight: float = Field(default=0.1, gt=0, description="Of the adversarial term beside the match.")
     gan_loss: str = Field(default="hinge", description="hinge, saturating-hinge, softplus or least-squares.")
     feature_maps: int = Field(default=4, ge=1, description="Blocks of the teacher that the discriminator looks at.")
@@ -40,6 +46,10 @@ class AdversarialConsistency(LCM):
     def _known_loss(cls, name: str) -> str:
         GAN_LOSSES[name]
         return name
+
+    def spans(self, process: Process, moment: Moment) -> SpanLaw:
+        """Neighbours on the grid, and clean data."""
+        return GridSpans(self.points(process))
 
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
         """Those of the consistency distillation, and the discriminator's heads."""

@@ -32,7 +32,7 @@ class Distribution(Method):
     the whole batch in all processes, and learns through the last call only.
     """
 
-    needs: ClassVar[Needs] = "conditions"  # type: ignore[misc]
+    needs: ClassVar[Needs] = "conditions"
 
     guidance_scale: tuple[float, ...] = Field(
         default=(), max_length=2, description="Of the teacher: one, or the ends of a range; none for the pipeline's."

@@ -34,6 +34,11 @@ class Case:
 
 
 CASES = {
+    "adversarial-consistency": Case({"grid_steps": 10, "feature_maps": 1}),
+    "dmd2": Case({"fake_updates": 2, "student_steps": 2, "gan_weight": 0.1}),
+    "mmd": Case({"student_steps": 2, "checkpoint_steps": True}),
+    "sim": Case(steps=1),
+    "swiftbrush": Case({"fake_rank": 2}, steps=1),
     "guided": Case({"embed_guidance": False, "guidance_scale": (3.0,)}, steps=3),
     "guided-lora": Case(steps=3),
     "instaflow": Case(steps=1),
