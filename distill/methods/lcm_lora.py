@@ -17,6 +17,7 @@ class LCMLora(LCM):
     lora_rank: ClassVar[int] = 64
 
     type: Literal["lcm-lora"] = "lcm-lora"  # type: ignore[assignment]
+    embed_guidance: Literal[False] = Field(default=False, description="An adapter cannot be told the guidance scale.")
     target_decay: float | None = Field(
         default=None, ge=0, lt=1, description="Of the average that is the target; none for the student itself."
     )

@@ -7,7 +7,6 @@ from tiny import call_arguments, tiny_dit, tiny_stable_diffusion
 
 from fewstep.distill.encode import encode
 from fewstep.distill.guidance_embedding import told
-from fewstep.distill.lora import LoraSetting
 from fewstep.distill.method import Moment
 from fewstep.distill.methods import Guided, GuidedLora
 from fewstep.distill.sources import Batch
@@ -50,28 +49,26 @@ def embedded(guidance_scale=()):
     return pipe, method, team, Batch(torch.arange(2), condition, x0)
 
 
-@pytest.mark.parametrize(("ends", "low", "high"), [((), 1.0, 8.0), ((2.0, 5.0), 2.0, 5.0)])
-def test_an_embedded_student_is_told_the_scale_of_its_goal(ends, low, high):
-    """It begins as the unguided teacher, and what it is told reaches its prediction and its gradient."""
-    _, method, team, batch = embedded(ends)
+def test_an_embedded_student_learns_the_guidance_of_its_scale():
+    """It begins as the unguided teacher, and is compared with the teacher guided by what it is told."""
+    _, method, team, batch = embedded((2.0, 5.0))
     drawn = moment()
+    scales = Range(2.0, 5.0)(2, drawn.generators)
     t, x_t = states(team.process, batch, drawn)
-    scales = Range(low, high)(2, drawn.generators)
-    assert scales[0] != scales[1]
-    weight = team.trainable("student")["time_embedding.cond_proj.weight"]
+    condition = told(batch.condition, scales)
     with torch.no_grad():
         goal = team.guided("teacher", batch.condition, scales)(x_t, t)
-        plain = team.denoiser("teacher", batch.condition)(x_t, t)
-        assert torch.equal(team.denoiser("student", told(batch.condition, scales))(x_t, t).x0, plain.x0)
-        weight.normal_(generator=torch.Generator().manual_seed(1))
-        student = team.denoiser("student", told(batch.condition, scales))(x_t, t)
-        pairs = (goal, student, plain)
-        outs = [team.process.convert(team.process.from_x0(p.x0, x_t, t), x_t, t, "v_prediction") for p in pairs]
+        begun = team.denoiser("student", condition)(x_t, t)
+        assert torch.equal(begun.x0, team.denoiser("teacher", batch.condition)(x_t, t).x0)
+        team.trainable("student")["time_embedding.cond_proj.weight"].normal_(generator=torch.Generator().manual_seed(1))
+        student = team.denoiser("student", condition)(x_t, t)
+    outs = [
+        team.process.convert(team.process.from_x0(pair.x0, x_t, t), x_t, t, "v_prediction")
+        for pair in (goal, student, begun)
+    ]
     (loss,) = method.losses(batch, team, moment())
     wanted = (outs[0] - outs[1]).square().flatten(1).mean(dim=1)
     torch.testing.assert_close(loss.value.detach(), wanted, rtol=1e-3, atol=1e-6)
-    loss.value.mean().backward()
-    assert weight.grad.abs().max() > 0
     assert not torch.allclose(outs[1], outs[2], rtol=1e-3)
 
 
@@ -88,8 +85,6 @@ def test_an_embedded_student_is_sampled_at_the_pipelines_scale_in_one_evaluation
 
 
 def test_what_cannot_be_told_is_refused():
-    with pytest.raises(ValueError, match="got 3 alone, give both ends or set it to false"):
-        Guided(guidance_scale=(3.0,))
     with pytest.raises(
         ValueError, match=r"without embed_guidance there is one guidance scale; got the range \[1.0, 3.0\]"
     ):
@@ -97,8 +92,6 @@ def test_what_cannot_be_told_is_refused():
     process = Process.from_scheduler(tiny_dit().scheduler)
     with pytest.raises(InputError, match="DiTTransformer2DModel has no input for the guidance scale"):
         make_team(tiny_dit().transformer, process, Guided(), None, 2.0)
-    with pytest.raises(InputError, match="an adapter gives the pipeline's network no input for the guidance scale"):
-        make_team(tiny_stable_diffusion().unet, process, Guided(), LoraSetting(2, 2.0), 2.0)
 
 
 def test_a_pipeline_without_guidance_is_refused():
