@@ -6,6 +6,7 @@ from .dmd2 import DMD2
 from .ect import ECT
 from .guided import Guided
 from .guided_lora import GuidedLora
+from .icd import ICD
 from .instaflow import InstaFlow
 from .lcf import LCF
 from .lcm import LCM
@@ -24,6 +25,7 @@ __all__ = [
     "CD",
     "DMD2",
     "ECT",
+    "ICD",
     "LCF",
     "LCM",
     "PCM",

@@ -47,6 +47,7 @@ CASES = {
     "scm": Case({"warmup_steps": 2}, steps=3),
     "cd": Case({"grid_steps": 6, "guidance_scale": (2.0,)}),
     "ect": Case({"stage_steps": 2}),
+    "icd": Case({"grid_steps": 6, "segments": 2}),
     "lcf": Case({"grid_steps": 10}),
     "lcm": Case({"grid_steps": 10, "guidance_scale": (2.0, 4.0)}),
     "lcm-lora": Case({"grid_steps": 10, "guidance_scale": (3.0,)}),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from analytic import EDM, MIXTURE, Gaussian, Mixture, column, consistent, shifted
-from analytic_team import AnalyticTeam, loss_of, moment_at
+from analytic_team import loss_of, moment_at
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, TCDScheduler
 from tiny import call_arguments, tiny_stable_diffusion
 
