@@ -16,9 +16,9 @@ from ...samplers.rules import cleanest
 from ..conditions import Condition
 from ..deploy import landing_plan, segment_times
 from ..distances import Huber
-from ..guidance_embedding import told, with_guidance_embedding
+from ..guidance_embedding import told
 from ..method import METHODS, Loss, Moment
-from ..role_kinds import Adapter, Base, Kind
+from ..role_kinds import Base, Kind
 from ..schedule import Schedule, Stage
 from ..sources import Batch
 from ..spans import GridSpans, segment_edges
@@ -26,6 +26,7 @@ from ..team import Team, noise_like
 from ..terms import Match
 from ..times import Choice, indices
 from .matching import OnGrid, Stepped
+from .telling import Embedding
 
 REVERSE, FORWARD = "student", "forward_student"
 
@@ -45,7 +46,7 @@ class Segments(NamedTuple):
 
 
 @METHODS.register("icd")
-class ICD(OnGrid, Stepped):
+class ICD(Embedding, OnGrid, Stepped):
     """Invertible consistency distillation (arXiv:2406.14539): a student towards data, and one towards noise.
 
     Both match their own jumps within segments, where the edge itself is the goal of the last step. The reverse one
@@ -64,9 +65,6 @@ class ICD(OnGrid, Stepped):
 
     type: Literal["icd"] = "icd"
     segments: int = Field(default=4, ge=1, description="Steps of each student.")
-    embed_guidance: bool = Field(
-        default=False, description="Whether the students are told the guidance scale; needs a U-Net that can be told."
-    )
     guidance_scale: tuple[float, ...] = Field(
         default=(1.0,), min_length=1, description="Of the reverse student's teacher: each is drawn equally often."
     )
@@ -85,22 +83,9 @@ class ICD(OnGrid, Stepped):
             )
         return self
 
-    @property
-    def guidance_in_student(self) -> bool:
-        """Not where it is told the scale: then the pipeline's ``guidance_scale`` says it."""
-        return not self.embed_guidance
-
-    def fitted(self, network: nn.Module) -> nn.Module:
-        """With an input for the guidance scale where the students are told it."""
-        return with_guidance_embedding(network) if self.embed_guidance else network
-
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
         """Both students and the teacher."""
-        if self.embed_guidance and isinstance(student, Adapter):
-            raise InputError(
-                "an adapter gives the pipeline's network no input for the guidance scale; train all weights, or set "
-                "embed_guidance to false"
-            )
+        self.refuse_adapter(student)
         return {REVERSE: student, FORWARD: student, "teacher": Base()}
 
     def turns(self) -> Schedule:

@@ -18,27 +18,12 @@ from ..team import Team
 from ..times import Draws
 
 
-class Telling(Method):
-    """A method whose student may be told the guidance scale, and then learns a range of them."""
+class Embedding(Method):
+    """A method whose students may be told the guidance scale."""
 
     embed_guidance: bool = Field(
         default=False, description="Whether the student is told the guidance scale; needs a U-Net that can be told."
     )
-    guidance_scale: tuple[float, ...] = Field(
-        default=(),
-        max_length=2,
-        description="Of the teacher: one, or the ends of a range. None for the pipeline's, or with embed_guidance "
-        "for 1 to twice it.",
-    )
-
-    @model_validator(mode="after")
-    def _a_range_is_told(self) -> Self:
-        if self.embed_guidance and len(self.guidance_scale) == 1:
-            raise ValueError(
-                f"embed_guidance trains a range of guidance scales; got {self.guidance_scale[0]:g} alone, "
-                "give both ends or set it to false"
-            )
-        return self
 
     @property
     def guidance_in_student(self) -> bool:
@@ -60,6 +45,26 @@ class Telling(Method):
                 "an adapter gives the pipeline's network no input for the guidance scale; train all weights, or set "
                 "embed_guidance to false"
             )
+
+
+class Telling(Embedding):
+    """A method whose student may be told the guidance scale, and then learns a range of them."""
+
+    guidance_scale: tuple[float, ...] = Field(
+        default=(),
+        max_length=2,
+        description="Of the teacher: one, or the ends of a range. None for the pipeline's, or with embed_guidance "
+        "for 1 to twice it.",
+    )
+
+    @model_validator(mode="after")
+    def _a_range_is_told(self) -> Self:
+        if self.embed_guidance and len(self.guidance_scale) == 1:
+            raise ValueError(
+                f"embed_guidance trains a range of guidance scales; got {self.guidance_scale[0]:g} alone, "
+                "give both ends or set it to false"
+            )
+        return self
 
     def drawn(self, batch: Batch, roles: Team, moment: Moment) -> tuple[Batch, Team]:
         """The batch whose student is told what its teacher is guided with, and the team in which that is decided.
