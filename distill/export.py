@@ -84,6 +84,12 @@ def deployed_plan(pipe: Any, network: nn.Module, method: Method, plan: Plan) -> 
     return unguided(plan) if method.guidance_in_student and branches else plan
 
 
+def call_arguments(plan: Plan, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call that a plan leaves to the caller."""
+    decided = {"num_inference_steps": plan.grid, "guidance_scale": plan.guidance}
+    return {name: value for name, value in call_kwargs.items() if decided.get(name) is None}
+
+
 def export_student(
     pipe: Any,
     component: str,

@@ -17,7 +17,7 @@ from ..eval.assets import PREFIX, is_demo
 from ..eval.conditions import Conditions
 from ..samplers import Plan
 from ..samplers.files import write_text
-from .export import PLAN_FILE, Export
+from .export import PLAN_FILE, Export, call_arguments
 from .export_lora import LoraFiles
 from .loop_options import LoopOptions
 from .method import Method
@@ -41,7 +41,7 @@ class Training:
         options: of the run.
         updates: of the student, done.
         processes: that trained together.
-        guidance: scale of the teacher.
+        guidance: scale of the teacher where the method says none.
         trainable: number of the student's trained parameters.
         conditions: what examples show: the first of them.
         call_kwargs: further arguments of the pipeline's call.
@@ -92,7 +92,8 @@ def write_card(pipe: Any, export: Export, training: Training) -> Path:
         "## Training",
         _training(training),
         *_command(training),
-        "Hyper-parameters of the method:",
+        f"Method `{training.method.type}`: {_paragraph(type(training.method).__doc__)}",
+        "Its hyper-parameters:",
         _hyper_parameters(training.method),
         f"Versions: {', '.join(_versions())}.",
     ]
@@ -116,7 +117,7 @@ def _summary(pipe: Any, export: Export, training: Training) -> str:
     what = "A LoRA for the" if export.lora else "A full"
     average = ", averaged over the run" if export.role == "average" else ""
     first, *others = export.plans
-    further = f" {_list_of(others)} steps have plans too." if others else ""
+    further = f" There are plans for {_list_of(others)} too." if others else ""
     return (
         f"{what} {export.component} of `{training.base}` ({type(pipe).__name__}), distilled by `{training.method.type}`"
         f" to sample in {_count(first, 'step')}{average}.{further}\n\n"
@@ -133,7 +134,8 @@ def _sampling(pipe: Any, export: Export, training: Training) -> Iterator[str]:
     dtype = next(own.parameters()).dtype
     source = [f'"{_source(training.base)}"', *([] if dtype == torch.float32 else [f"torch_dtype={dtype}"])]
     torch_import = [] if dtype == torch.float32 else ["import torch"]
-    asked = [f"{key}={value!r}" for key, value in {**training.conditions.inputs([0]), **training.call_kwargs}.items()]
+    shown = training.conditions.inputs([0]) | call_arguments(plan, training.call_kwargs)
+    asked = [f"{key}={value!r}" for key, value in shown.items()]
     yield "With fewstep, from the folder above this one:"
     yield _block(
         [
@@ -237,7 +239,7 @@ def _training(training: Training) -> str:
         f"betas {options.adam_beta1:g} and {options.adam_beta2:g}, weight decay {options.adam_weight_decay:g}",
         "Gradient norm": "not clipped" if options.max_grad_norm is None else f"at most {options.max_grad_norm:g}",
         "Mixed precision": training.precision,
-        "Teacher's guidance": f"{training.guidance:g}",
+        "Guidance of the teacher where the method says none": f"{training.guidance:g}",
         "Trained parameters": f"{training.trainable:,}",
         "Seed": str(options.seed),
         "Time": None if training.seconds is None else f"{training.seconds / 60:.0f} minutes",
@@ -258,6 +260,11 @@ def _hyper_parameters(method: Method) -> str:
         if name != "type"
     ]
     return _table(["name", "value", ""], rows)
+
+
+def _paragraph(text: str | None) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((text or "").split("\n\n")[0].split())
 
 
 def _versions() -> Iterator[str]:
@@ -282,5 +289,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _list_of(numbers: list[int]) -> str:
-    *some, last = map(str, numbers)
-    return f"{', '.join(some)} and {last}" if some else last
+    *some, last = numbers
+    return f"{', '.join(map(str, some))} and {_count(last, 'step')}" if some else _count(last, "step")
