@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from ..samplers.errors import InputError, first_problem
 from . import methods as _methods  # noqa: F401  (registers them)
 from .method import METHODS, Method
 from .options import DistillOptions
-from .run import prepare as distill
+from .run import distill
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -54,7 +55,8 @@ def run_method(name: str, parsed: Namespace, command: str) -> int:
     """
     method: Method = _read(METHODS[name], parsed)
     options = _read(DistillOptions, parsed)
-    return distill(method, options, command, Console())
+    outcome = distill(method, options, command, Console())
+    return 0 if outcome.stopped_by is None else 128 + signal.Signals[outcome.stopped_by].value
 
 
 def method_lines() -> list[tuple[str, str]]:
@@ -79,7 +81,12 @@ def _add(parser: ArgumentParser, name: str, info: FieldInfo) -> None:
 def _read(model: type[Model], parsed: Namespace) -> Model:
     values: dict[str, Any] = {name: parsed[name] for name in model.model_fields if name != "type"}
     try:
-        return model(**{name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in values.items()})
+        return model(
+            **{
+                name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+                for name, v in values.items()
+            }
+        )
     except ValidationError as error:
         problem = first_problem(error)
         raise InputError(problem if problem.startswith("--") else f"--{problem}") from None

@@ -46,6 +46,17 @@ def check_data(method: Method, options: DistillOptions) -> None:
         raise InputError(f"{method.type} needs no samples; leave --teacher_samples out")
 
 
+def data_in_words(method: Method, options: DistillOptions) -> str:
+    """What a run is trained on, for its card."""
+    if options.train_data_dir is not None:
+        return f"the images of {options.train_data_dir.name}"
+    if options.dataset_name is not None:
+        return f"the data set {options.dataset_name}"
+    if options.teacher_samples is not None:
+        return f"{options.teacher_samples:,} samples of the teacher"
+    return "no data but the conditions of the samples"
+
+
 def make_source(
     method: Method, options: DistillOptions, encoder: Encoder, teacher: Plan, accelerator: Accelerator, tell: Tell
 ) -> Batches:

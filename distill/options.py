@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ..eval.assets import Dtype
 from ..samplers.errors import InputError
 from .latents import Posterior
-from .lora import LoraSetting
 from .loop_options import LoopOptions
+from .lora import LoraSetting
 
 STEPS = (1, 2, 4, 8)
 "Numbers of steps in which students are watched, as far as their method was trained for them."

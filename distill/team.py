@@ -14,7 +14,7 @@ from ..samplers.process import Process
 from .conditions import Condition
 from .jumps import Denoiser
 from .lora import LoraSetting
-from .method import Method, Moment
+from .method import Method, Moment, seed_of
 from .predict import Prediction, guided, predict
 from .role_kinds import Adapter, Ema, FullCopy
 from .roles import Roles
@@ -121,6 +121,7 @@ def make_team(
     method: Method,
     lora: LoraSetting | None,
     guidance: float,
+    seed: int = 0,
     average: bool = False,
 ) -> Team:
     """The team of a method on a network, which it freezes.
@@ -131,6 +132,7 @@ def make_team(
         method: says who there is.
         lora: the student's adapter; None to train all weights.
         guidance: scale of the teacher where the method says none.
+        seed: of what adapters and heads begin with; one for all processes.
         average: whether the student is averaged over the run (`AVERAGE`).
 
     Raises:
@@ -139,4 +141,6 @@ def make_team(
     student = FullCopy() if lora is None else Adapter(lora)
     fitted = method.fitted(network)
     averaged = {AVERAGE: Ema("student")} if average else {}
-    return Team(Roles(fitted, {**method.kinds(student, fitted), **averaged}), process, guidance)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "roles"))
+        return Team(Roles(fitted, {**method.kinds(student, fitted), **averaged}), process, guidance)

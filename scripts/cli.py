@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..eval.commandline import HelpFormatter, exit_status
 from .bench_command import bench_parser, run_bench_command
+from .distill_command import add_distill_methods, distill_parser, run_distill_command
 from .doctor_command import doctor_parser, run_doctor_command
 from .plans_command import add_plans_actions, plans_parser, run_plans_command
 from .sample_command import run_sample_command, sample_parser
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[[Namespace, str], int | None]] = {
     "doctor": run_doctor_command,
     "sample": run_sample_command,
     "search": run_search_command,
+    "distill": run_distill_command,
     "plans": run_plans_command,
 }
 "Every command, and what runs it with its parsed flags and the command line, for an exit status if not 0."
@@ -44,6 +46,9 @@ def make_parser() -> ArgumentParser:
     search = search_parser()
     commands.add_subcommand("search", search, help="find a plan for a pipeline, or fit a part of one")
     add_search_actions(search)
+    distill = distill_parser()
+    commands.add_subcommand("distill", distill, help="train a student that samples in few steps")
+    add_distill_methods(distill)
     plans = plans_parser()
     commands.add_subcommand("plans", plans, help="list, show and validate plans")
     add_plans_actions(plans)
