@@ -177,12 +177,16 @@ class Run:
         self.call_arguments[name] = value
 
 
-class Part(BaseModel):
-    """One part of a plan: frozen data that validates itself and prepares a run."""
+class Member(BaseModel):
+    """One entry of a slot: frozen data that validates itself and says under which name it is registered."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: str
+
+
+class Part(Member):
+    """One part of a plan, which prepares a run."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -203,14 +207,14 @@ class Part(BaseModel):
 
 
 class Slot:
-    """Annotation of a plan's field: it holds None, or a part of ``registry`` that its ``type`` names.
+    """Annotation of a document's field: it holds None, or a member of ``registry`` that its ``type`` names.
 
     Args:
-        registry: of the parts.
-        many: whether the field holds a list of them; a part by itself stands for a list of one.
+        registry: of the members.
+        many: whether the field holds a list of them; a member by itself stands for a list of one.
     """
 
-    def __init__(self, registry: Registry[type[Part]], many: bool = False) -> None:
+    def __init__(self, registry: Registry[Any], many: bool = False) -> None:
         self.registry = registry
         self.many = many
 
@@ -228,15 +232,16 @@ class Slot:
             return {"type": "array", "items": {"oneOf": parts}}
         return {"oneOf": [*parts, {"type": "null"}]}
 
-    def _validate(self, value: Any) -> Part | None:
-        if value is None or isinstance(value, Part):
+    def _validate(self, value: Any) -> Member | None:
+        if value is None or isinstance(value, Member):
             return value
         if not isinstance(value, dict) or "type" not in value:
             raise InputError(f"a {self.registry.what} is an object with a 'type'; got {value!r}")
-        return self.registry[str(value["type"])].model_validate(value)
+        member: type[Member] = self.registry[str(value["type"])]
+        return member.model_validate(value)
 
-    def _validate_many(self, value: Any) -> tuple[Part, ...]:
-        if isinstance(value, Part):
+    def _validate_many(self, value: Any) -> tuple[Member, ...]:
+        if isinstance(value, Member):
             return (value,)
         if not isinstance(value, list | tuple):
             raise InputError(f"a list of {self.registry.what}s is expected; got {value!r}")
