@@ -132,7 +132,7 @@ def _sampling(pipe: Any, export: Export, training: Training) -> Iterator[str]:
     folder = f'"{export.folder.resolve().name}"'
     own: nn.Module = getattr(pipe, export.component)
     dtype = next(own.parameters()).dtype
-    source = [f'"{_source(training.base)}"', *([] if dtype == torch.float32 else [f"torch_dtype={dtype}"])]
+    source = [f'"{_source(training.base)}"', *([] if dtype == torch.float32 else [f"dtype={dtype}"])]
     torch_import = [] if dtype == torch.float32 else ["import torch"]
     shown = training.conditions.inputs([0]) | call_arguments(plan, training.call_kwargs)
     asked = [f"{key}={value!r}" for key, value in shown.items()]
@@ -166,9 +166,8 @@ def _stock_lines(pipe: Any, export: Export, stock: StockSampling, source: list[s
     if export.lora is None:
         network = type(getattr(pipe, export.component)).__name__
         classes.add(network)
-        before = [f'{export.component} = {network}.from_pretrained("{folder}", subfolder="{export.component}")']
-        if len(source) > 1:
-            before = [before[0].replace('")', f'", {source[1]})')]
+        weights = [f'"{folder}"', f'subfolder="{export.component}"', *source[1:]]
+        before = [f"{export.component} = {network}.from_pretrained({', '.join(weights)})"]
         source = [*source, f"{export.component}={export.component}"]
     yield from stock.imports
     yield f"from diffusers import {', '.join(sorted(classes))}"

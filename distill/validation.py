@@ -183,7 +183,7 @@ class Validation:
         if self.judge is None:
             return {name: _mean(values) for name, values in distances.items()}
         net, real, count = self.judge.net, self.judge.real, self.judge.count
-        features = torch.cat([net(batch) for batch in images.split(self.shown.batch_size)])
+        features = torch.cat([net(batch) for batch in torch.split(images, self.shown.batch_size)])
         assert self._reference_features is not None
         distances["feature_distance"] = feature_distance(features[:paired], self._reference_features)
         scores = {name: _mean(values) for name, values in distances.items()}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_cases import method_of
+from method_cases import CASES, method_of, team_of
 from tiny import call_arguments, tiny_dit, tiny_sd3, tiny_stable_diffusion
 
 import fewstep.distill.methods  # noqa: F401  registers
@@ -73,6 +73,24 @@ def test_a_plan_that_is_loaded_samples_as_the_student_does(family, lora, average
         torch.testing.assert_close(images, wanted, rtol=0, atol=1e-6)
         teacher, _ = sampled(build(), bare)
         assert (images - teacher).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_students_of_every_method_ship(name, lora, tmp_path):
+    method, pipe = method_of(name), tiny_dit()
+    team = team_of(method, lora)
+    steps = CASES[name].steps
+    plans = {steps: method.plan(team.process, steps)}
+    role = method.students[0]
+    made = export_student(pipe, "transformer", team, role, method, plans, tmp_path, base=origin(pipe))
+    assert (made.lora is not None) == lora
+    images, handle = sampled(tiny_dit(), Plan.load(tmp_path / "plan.json"))
+    assert handle.warnings == ()
+    with team.roles.use(role, grad=False, frozen=True) as network:
+        bare = made.plans[steps].model_copy(update={"weights": (), "tuned_for": None})
+        wanted, _ = sampled(pipe, bare, network, "transformer")
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-6)
 
 
 def test_the_origin_is_that_of_the_network_before_it_carried_adapters(tmp_path):

@@ -59,11 +59,11 @@ CASES = {
 }
 
 
-def card_of(case, lora, tmp_path, steps=(4, 1), **changes):
+def card_of(case, lora, tmp_path, steps=(4, 1), dtype=torch.float32, **changes):
     """The text of a card in ``student``, of a teacher in ``teacher``; its export, and the teams that made it."""
     build, component, conditions, kwargs = CASES[case]
     build().save_pretrained(tmp_path / "teacher")
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     base = origin(pipe)
     team = trained(pipe, component, lora)
@@ -102,6 +102,16 @@ def test_the_programs_of_the_card_sample_as_the_student_does(case, lora, tmp_pat
             exec(seeded, names)
         difference = np.asarray(names["image"], dtype=float) - np.asarray(wanted, dtype=float)
         assert abs(difference).max() <= 1
+
+
+def test_programs_of_a_pipeline_in_half_precision(tmp_path, monkeypatch):
+    text, *_ = card_of("dit", None, tmp_path, dtype=torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    for program in blocks(text):
+        names = {}
+        exec(program, names)
+        assert names["pipe"].transformer.dtype == torch.bfloat16
+        assert names["image"].size == (8, 8)
 
 
 def test_the_card_says_what_was_done_and_nothing_else(tmp_path):
