@@ -36,7 +36,7 @@ _FOREIGN = (
     (r"lora_[AB]\.bias$", "a LoRA with biases; train it with lora_bias=False, or merge it into a student"),
     (r"lora_embedding_", "a LoRA of an embedding; a plan adapts linear layers and convolutions"),
     (r"^lora_(unet|transformer|te)|\.(lora_down|lora_up)\.|\.alpha$", f"kohya's names of keys; {_AGAIN}"),
-    (r"\.lora\.(down|up)\.|_lora\.(down|up)\.|processor", f"names of keys of old versions of diffusers; {_AGAIN}"),
+    (r"\.lora\.(down|up)\.|_lora\.(down|up)\.|\.processor\.", f"names of keys of old versions of diffusers; {_AGAIN}"),
 )
 "What keys that are not read tell, and the mend."
 
@@ -165,7 +165,9 @@ def _metadata(file: str, header: Mapping[str, str], prefix: str) -> dict[str, An
     if not isinstance(config, dict):
         raise InputError(f"the {METADATA} of {file} is a {type(config).__name__}; it must be an object")
     own = {key: value for key, value in config.items() if key.startswith(f"{prefix}.")}
-    return {key.removeprefix(f"{prefix}."): value for key, value in own.items()} or None
+    if not own:
+        raise InputError(f"the {METADATA} of {file} says nothing of {prefix!r}, which its keys are for; write it again")
+    return {key.removeprefix(f"{prefix}."): value for key, value in own.items()}
 
 
 def _layers(
@@ -188,7 +190,7 @@ def _layers(
 def _check_config(file: str, config: Mapping[str, Any], layers: Iterable[str]) -> None:
     """Raises ``InputError`` for settings that make it something else than a plain LoRA of these layers."""
     for option, value in config.items():
-        if option not in _SHAPE | _WITHOUT_EFFECT and value not in (None, False, "none") and value != {}:
+        if option not in _SHAPE | _WITHOUT_EFFECT and value and value != "none":
             raise InputError(
                 f"{file} was made with {option}={value!r}, which a plan cannot add; merge it into a student"
             )
@@ -216,7 +218,10 @@ def _scaling(file: str, name: str, rank: int, config: Mapping[str, Any]) -> floa
 
 def _of_layer(file: str, table: str, name: str, config: Mapping[str, Any], otherwise: Any) -> Any:
     """What a table of exceptions says of a layer: the first entry whose name is the end of the layer's."""
-    for pattern, value in dict(config.get(table) or {}).items():
+    entries = config.get(table) or {}
+    if not isinstance(entries, dict):
+        raise InputError(f"the {table} of {file} is {entries!r}; it must be an object of layers")
+    for pattern, value in entries.items():
         literal = pattern.removeprefix("^")
         if not re.fullmatch(r"[A-Za-z0-9_.]+", literal):
             raise InputError(f"the {table} of {file} has the pattern {pattern!r}; write names of layers")

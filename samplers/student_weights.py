@@ -65,5 +65,7 @@ class StudentWeights(Part):
                 f"network {self.folder!r} is told the guidance scale ({GUIDANCE_EMBEDDING}={told}), which {name} does "
                 "not do; use a student without, or a pipeline that does, such as StableDiffusionPipeline"
             )
+        if any(hasattr(module, "get_base_layer") for module in own.modules()):
+            run.warnings.append(f"{component} has adapters, which do not act on the student that runs instead of it")
         run.replace_network(component, network)
         run.notes.append(f"{self.folder} runs instead of {component}: {len(network.state_dict())} tensors")

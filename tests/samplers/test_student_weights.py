@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_lora_weights import images_of, loaded, random_lora, refused
 from test_model_switch import other_network, with_network
@@ -19,6 +20,7 @@ from fewstep.samplers import (
     LoraWeights,
     ModelSwitch,
     Plan,
+    PlanWarning,
     SpacingGrid,
     StudentWeights,
     TunedFor,
@@ -100,6 +102,15 @@ def test_a_network_that_is_assigned_meanwhile_gives_way(tmp_path):
         assert pipe.transformer is not own
         pipe.transformer = other_network(pipe)
     assert pipe.transformer is own
+
+
+def test_adapters_of_the_pipelines_own_network_stay_with_it(tmp_path):
+    pipe = tiny_stable_diffusion()
+    plan = saved(tmp_path, pipe.unet)
+    expected = images_of(pipe, num_inference_steps=3)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.warns(PlanWarning, match="unet has adapters, which do not act on the student that runs instead of it"):
+        assert np.array_equal(images_of(pipe, plan), expected)
 
 
 def test_a_student_and_other_weights_of_one_network_are_refused(tmp_path):
