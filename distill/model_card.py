@@ -161,7 +161,7 @@ def _sampling(pipe: Any, export: Export, training: Training) -> Iterator[str]:
 
 def _stock_lines(pipe: Any, export: Export, stock: StockSampling, source: list[str], asked: list[str]) -> Iterator[str]:
     name, folder = type(pipe).__name__, export.folder.resolve().name
-    classes = {name, stock.scheduler}
+    classes = {name} if stock.scheduler is None else {name, stock.scheduler}
     before: list[str] = []
     if export.lora is None:
         network = type(getattr(pipe, export.component)).__name__

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
-from ..samplers import ConstantGuidance, DiffusersSolver, ExplicitGrid, Plan, Process, Run
+from ..samplers import ConstantGuidance, DiffusersSolver, ExplicitGrid, Plan, Process, Run, SpacingGrid
 from ..samplers.explicit import grid_adapter
+from ..samplers.schedules import TableSchedule
 from ..samplers.solver import make_scheduler, scheduler_class
 from ..samplers.wrapped import wrap_scheduler
 
@@ -26,13 +29,13 @@ class StockSampling:
     """How a stock pipeline takes the steps of a plan.
 
     Attributes:
-        scheduler: class name in diffusers.
+        scheduler: class name in diffusers; None for the pipeline's own.
         imports: lines that the others need, besides those of diffusers.
         setup: lines that give the pipeline ``pipe`` its scheduler.
         arguments: of the pipeline's call, besides what is to be seen.
     """
 
-    scheduler: str
+    scheduler: str | None
     imports: tuple[str, ...]
     setup: tuple[str, ...]
     arguments: tuple[str, ...]
@@ -73,47 +76,66 @@ def stock_sampling(pipe: Any, plan: Plan) -> StockSampling | None:
 
     Args:
         pipe: a pipeline of the class that is to run it.
-        plan: with a solver of diffusers and an explicit grid; weights and provenance do not matter.
+        plan: whose weights and provenance do not matter.
 
     Returns:
         The lines; None when diffusers cannot run these steps.
     """
-    solver, grid = plan.solver, plan.grid
     known = {"weights", "solver", "grid", "guidance"}
-    if not isinstance(solver, DiffusersSolver) or not isinstance(grid, ExplicitGrid):
+    if plan.grid is None or any(name not in known for name, _ in plan.placed):
         return None
-    if any(name not in known for name, _ in plan.placed):
-        return None
-    cls: Any = scheduler_class(solver.scheduler)
     run = Run(pipe, copy.deepcopy(pipe.scheduler))
-    solver.prepare(run, frozenset())
-    ours = run.scheduler
-    made = {name: value for name, value in solver.config.items() if name in inspect.signature(cls.__init__).parameters}
-    stepped = {name: value for name, value in solver.config.items() if name not in made}
-    wrap_scheduler(ours, grid_adapter(ours, grid.timesteps))
-    wanted = _course(ours, {"num_inference_steps": len(grid.timesteps)}, {})
-    for way in _ways(cls, grid.timesteps, Process.from_scheduler(pipe.scheduler)):
-        options = made | way.options
-        stock: Any = copy.deepcopy(make_scheduler(cls, pipe.scheduler, options))
-        got = _course(stock, {way.keyword: way.values}, stepped)
-        if got is not None and wanted is not None and got.same(wanted):
-            return _written(pipe, plan, solver.scheduler, options, stepped, way)
+    config: dict[str, Any] = {}
+    cls: Any = type(pipe.scheduler)
+    if isinstance(plan.solver, DiffusersSolver):
+        plan.solver.prepare(run, frozenset())
+        config, cls = dict(plan.solver.config), scheduler_class(plan.solver.scheduler)
+    options = inspect.signature(cls.__init__).parameters
+    made = {name: value for name, value in config.items() if name in options}
+    stepped = {name: value for name, value in config.items() if name not in options}
+    if isinstance(plan.grid, SpacingGrid):
+        spacing = {} if plan.grid.spacing is None else {"timestep_spacing": plan.grid.spacing}
+        return _written(pipe, plan, cls, made, stepped, _Way(spacing, "number", plan.grid.steps))
+    if not isinstance(plan.grid, ExplicitGrid):
+        return None
+    times = plan.grid.timesteps
+    wrap_scheduler(run.scheduler, grid_adapter(run.scheduler, times))
+    with _quiet():
+        wanted = _course(run.scheduler, {"num_inference_steps": len(times)}, {})
+        for way in _ways(cls, times, Process.from_scheduler(pipe.scheduler)):
+            stock: Any = copy.deepcopy(make_scheduler(cls, pipe.scheduler, made | way.options))
+            got = _course(stock, {way.keyword: way.values}, stepped)
+            if got is not None and wanted is not None and got.same(wanted):
+                return _written(pipe, plan, cls, made, stepped, way)
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' warnings of what is tried and not taken."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _ways(cls: Any, times: tuple[float, ...], process: Process) -> Iterator[_Way]:
     options = inspect.signature(cls.__init__).parameters
     takes = inspect.signature(cls.set_timesteps).parameters
-    if "sigmas" in takes:  # pipelines hand over sigmas of their own where none are given
+    if isinstance(process.schedule, TableSchedule):  # elsewhere pipelines hand over sigmas of their own
+        yield _Way({}, "number", len(times))
+        if "timestep_spacing" in options:
+            for spacing in _SPACINGS:
+                yield _Way({"timestep_spacing": spacing}, "number", len(times))
+        if "timesteps" in takes:
+            yield _Way({}, "timesteps", [int(time) if time.is_integer() else time for time in times])
+    elif "sigmas" in takes:
         plain = {name: value for name, value in (("shift", 1.0), ("use_dynamic_shifting", False)) if name in options}
-        yield _Way(plain, "sigmas", [round(float(process.sigma(time)), 8) for time in times])
-        return
-    yield _Way({}, "number", len(times))
-    if "timestep_spacing" in options:
-        for spacing in _SPACINGS:
-            yield _Way({"timestep_spacing": spacing}, "number", len(times))
-    if "timesteps" in takes:
-        yield _Way({}, "timesteps", [int(time) if time.is_integer() else time for time in times])
+        sigmas = [round(float(process.sigma(time)), 8) for time in times]
+        yield _Way(plain, "sigmas", sigmas)
+        yield _Way(plain, "sigmas", [*sigmas, 0.0])
 
 
 def _course(scheduler: Any, times: Mapping[str, Any], stepped: Mapping[str, Any]) -> _Course | None:
@@ -140,12 +162,13 @@ def _course(scheduler: Any, times: Mapping[str, Any], stepped: Mapping[str, Any]
 
 
 def _written(
-    pipe: Any, plan: Plan, name: str, options: Mapping[str, Any], stepped: Mapping[str, Any], way: _Way
+    pipe: Any, plan: Plan, cls: Any, made: Mapping[str, Any], stepped: Mapping[str, Any], way: _Way
 ) -> StockSampling:
     """The lines of a way that is right."""
     called = inspect.signature(type(pipe).__call__).parameters
-    told = "".join(f", {key}={value!r}" for key, value in options.items())
-    setup = [f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{told})"]
+    told = "".join(f", {key}={value!r}" for key, value in {**made, **way.options}.items())
+    own = plan.solver is None and not told
+    setup = [] if own else [f"pipe.scheduler = {cls.__name__}.from_config(pipe.scheduler.config{told})"]
     argument = f"{way.keyword}={way.values!r}"
     if way.keyword in called:
         arguments = [argument]
@@ -164,4 +187,4 @@ def _written(
             setup.append(f"pipe.scheduler.step = partial(pipe.scheduler.step, {key}={value!r})")
     if isinstance(plan.guidance, ConstantGuidance):
         arguments.append(f"guidance_scale={plan.guidance.scale!r}")
-    return StockSampling(name, tuple(imports), tuple(setup), tuple(arguments))
+    return StockSampling(None if own else cls.__name__, tuple(imports), tuple(setup), tuple(arguments))

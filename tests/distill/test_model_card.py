@@ -59,18 +59,18 @@ CASES = {
 }
 
 
-def card_of(case, lora, tmp_path, steps=(4, 1), dtype=torch.float32, **changes):
+def card_of(case, lora, tmp_path, steps=(4, 1), dtype=torch.float32, method=METHOD, **changes):
     """The text of a card in ``student``, of a teacher in ``teacher``; its export, and the teams that made it."""
     build, component, conditions, kwargs = CASES[case]
     build().save_pretrained(tmp_path / "teacher")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     base = origin(pipe)
-    team = trained(pipe, component, lora)
-    made = export(pipe, component, team, tmp_path / "student", steps, base=base)
+    team = trained(pipe, component, lora, method=method)
+    made = export(pipe, component, team, tmp_path / "student", steps, method, base)
     options = LoopOptions(output_dir=tmp_path, max_train_steps=20, train_batch_size=4, gradient_accumulation_steps=2)
     facts = {"base": "teacher", "updates": 12, "processes": 3, "guidance": 2.5, "trainable": 1234}
-    facts |= {"conditions": conditions, "call_kwargs": kwargs, "method": METHOD, "options": options}
+    facts |= {"conditions": conditions, "call_kwargs": kwargs, "method": method, "options": options}
     path = write_card(pipe, made, Training(**facts | changes))
     return path.read_text(), made, pipe, team
 
@@ -79,22 +79,17 @@ def blocks(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("case", CASES)
-def test_the_programs_of_the_card_sample_as_the_student_does(case, lora, tmp_path, monkeypatch):
-    text, made, pipe, team = card_of(case, lora, tmp_path)
+def run_programs(case, text, made, pipe, team):
+    """Runs the programs of a card and compares what they make with the student of the team."""
     _, component, conditions, kwargs = CASES[case]
-    monkeypatch.chdir(tmp_path)
-    bare = made.plans[4].model_copy(update={"weights": (), "tuned_for": None})
+    bare = next(iter(made.plans.values())).model_copy(update={"weights": (), "tuned_for": None})
     with team.roles.use("student", grad=False, frozen=True) as network:
         setattr(pipe, component, network)
         with attach(pipe, bare):
             torch.manual_seed(0)
             wanted = pipe(**conditions.inputs([0]), **kwargs).images[0]
     programs = blocks(text)
-    assert len(programs) == 2
-    assert "fewstep" in programs[0]
-    assert "fewstep" not in programs[1]
+    assert ["fewstep" in program for program in programs] == [True, False]
     for program in programs:
         seeded = re.sub("^( *)image = ", r"\1torch.manual_seed(0)\n\g<0>", program, flags=re.MULTILINE)
         names = {"torch": torch}
@@ -102,6 +97,19 @@ def test_the_programs_of_the_card_sample_as_the_student_does(case, lora, tmp_pat
             exec(seeded, names)
         difference = np.asarray(names["image"], dtype=float) - np.asarray(wanted, dtype=float)
         assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("case", CASES)
+def test_the_programs_of_the_card_sample_as_the_student_does(case, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_programs(case, *card_of(case, lora, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "steps"), [("guided-lora", 3), ("tcd", 4), ("instaflow", 1), ("reflow", 2)])
+def test_other_schedulers_and_grids_have_programs_too(name, steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_programs("dit", *card_of("dit", LORA, tmp_path, (steps,), method=method_of(name)))
 
 
 def test_programs_of_a_pipeline_in_half_precision(tmp_path, monkeypatch):
