@@ -38,7 +38,7 @@ class Export:
         folder: where it is.
         component: name of its network in the pipeline.
         role: whose weights these are: the student's, or those of its average.
-        plans: as written, by number of steps; the first one is ``plan.json``.
+        plans: as written, by number of steps; the first one is ``plan.json``. None for a further student of a method.
         lora: how the adapter is loaded; None for a student with all weights of its own.
     """
 
@@ -106,8 +106,8 @@ def export_student(
     """Writes a student: an adapter, or its network as ``save_pretrained`` does; and its plans.
 
     An export that was there is replaced when the new one is complete; ``plan.json`` goes away first and comes last.
-    Of a method with several students the first one is sampled; the others have folders of their names in ``folder``,
-    and need no plans.
+    Of a method with several students the plans sample the first one; the others go without, in folders of their names
+    in ``folder``.
 
     Args:
         pipe: the teacher's pipeline.
@@ -130,7 +130,7 @@ def export_student(
     if kohya and not adapter:
         raise InputError("kohya's keys are for adapters, and this student has all weights; leave --kohya out")
     if role != method.students[0]:
-        folder = folder / role
+        folder, plans = folder / role, {}
     lora = None
     with _replacing(folder) as staged:
         if adapter:

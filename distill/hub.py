@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -11,7 +12,7 @@ from ..samplers.errors import InputError
 from .export import PLAN_FILE
 
 _UPLOADED = (
-    "README.md",
+    "*README.md",
     "plan*.json",
     "*adapter_config.json",
     "*/config.json",
@@ -21,6 +22,8 @@ _UPLOADED = (
     "losses.png",
 )
 "What an export writes, in its folder and in those of networks and of further students; and pictures."
+
+_TOKEN = re.compile(r"(--hub_token[= ])\S+")
 
 _KEPT = ("checkpoint-*", "cache/*", "logs/*", ".*", "*/.*")
 
@@ -35,6 +38,11 @@ def refuse_logged_token(token: str | None, report_to: str) -> None:
         raise InputError(
             f"--hub_token would be logged by --report_to {report_to}; log in with `hf auth login` and leave it out"
         )
+
+
+def without_token(command: str) -> str:
+    """A command line whose ``--hub_token`` nobody can read."""
+    return _TOKEN.sub(r"\1...", command)
 
 
 def push_to_hub(folder: Path, repo_id: str, token: str | None = None, private: bool = False) -> str:

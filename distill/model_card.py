@@ -19,6 +19,7 @@ from ..samplers import Plan
 from ..samplers.files import write_text
 from .export import PLAN_FILE, Export, call_arguments
 from .export_lora import LoraFiles
+from .hub import without_token
 from .loop_options import LoopOptions
 from .method import Method
 from .stock import StockSampling, stock_sampling
@@ -27,7 +28,6 @@ CARD_FILE = "README.md"
 
 PACKAGES = ("fewstep", "torch", "diffusers", "peft", "accelerate")
 
-_TOKEN = re.compile(r"(--hub_token[= ])\S+")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -84,11 +84,7 @@ def write_card(pipe: Any, export: Export, training: Training) -> Path:
         _front_matter(training, export),
         f"# {export.folder.resolve().name}",
         _summary(pipe, export, training),
-        "## Sampling",
-        *_sampling(pipe, export, training),
-        "## Steps",
-        _steps(export.plans),
-        *_measured(export.plans),
+        *(_deployment(pipe, export, training) if export.plans else ()),
         "## Training",
         _training(training),
         *_command(training),
@@ -116,13 +112,25 @@ def _is_repository(base: str) -> bool:
 def _summary(pipe: Any, export: Export, training: Training) -> str:
     what = "A LoRA for the" if export.lora else "A full"
     average = ", averaged over the run" if export.role == "average" else ""
-    first, *others = export.plans
-    further = f" There are plans for {_list_of(others)} too." if others else ""
+    purpose = f", the {export.role} beside the one that is sampled"
+    if export.plans:
+        first, *others = export.plans
+        further = f". There are plans for {_list_of(others)} too" if others else ""
+        purpose = f" to sample in {_count(first, 'step')}{average}{further}"
     return (
         f"{what} {export.component} of `{training.base}` ({type(pipe).__name__}), distilled by `{training.method.type}`"
-        f" to sample in {_count(first, 'step')}{average}.{further}\n\n"
+        f"{purpose}.\n\n"
         "No licence is stated; add one to the front matter before you publish this, in accord with that of the base."
     )
+
+
+def _deployment(pipe: Any, export: Export, training: Training) -> Iterator[str]:
+    """How it is sampled, and what was measured."""
+    yield "## Sampling"
+    yield from _sampling(pipe, export, training)
+    yield "## Steps"
+    yield _steps(export.plans)
+    yield from _measured(export.plans)
 
 
 def _sampling(pipe: Any, export: Export, training: Training) -> Iterator[str]:
@@ -248,7 +256,7 @@ def _training(training: Training) -> str:
 
 def _command(training: Training) -> Iterator[str]:
     if training.command is not None:
-        yield _block([_TOKEN.sub(r"\1...", training.command)], "shell")
+        yield _block([without_token(training.command)], "shell")
 
 
 def _hyper_parameters(method: Method) -> str:

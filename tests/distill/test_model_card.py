@@ -158,6 +158,16 @@ def test_measured_numbers_come_from_the_evidence_of_the_plans(tmp_path):
     assert "base_model" not in text  # a folder, not a repository
 
 
+def test_a_further_student_has_no_programs(tmp_path):
+    _, made, pipe, _ = card_of("dit", LORA, tmp_path)
+    options = LoopOptions(output_dir=tmp_path, max_train_steps=2)
+    training = Training("teacher", METHOD, options, 2, 1, 1.0, 5, CASES["dit"][2])
+    text = write_card(pipe, replace(made, plans={}, role="forward_student"), training).read_text()
+    assert "distilled by `lcm`, the forward_student beside the one that is sampled." in text
+    assert not blocks(text)
+    assert "## Steps" not in text
+
+
 @pytest.mark.parametrize("build", [tiny_dit, tiny_stable_diffusion, tiny_sd3])
 def test_diffusers_alone_takes_consistency_steps_everywhere(build):
     pipe = build()
