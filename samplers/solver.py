@@ -18,6 +18,13 @@ from .registry import Registry
 SOLVERS: Registry[type[Part]] = Registry("solver type")
 
 
+PROCESS_OPTIONS = frozenset(
+    ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+)
+"""Options that are about the network and not about the sampling. Diffusers' ``from_config`` gives what nobody has set
+the default of the new class, and theirs differ: DDIM's betas are linear, LCM's are not."""
+
+
 def scheduler_names() -> list[str]:
     """Names of the schedulers of the installed diffusers that run in plain PyTorch."""
     return sorted(
@@ -101,8 +108,10 @@ def make_scheduler(cls: type[SchedulerMixin], like: SchedulerMixin, options: dic
     Raises:
         InputError: when the scheduler refuses them, or they contradict each other.
     """
+    config = dict(like.config)
+    unset = set(config.get("_use_default_values", ())) - PROCESS_OPTIONS
     try:
-        scheduler = cls.from_config(like.config, **options)
+        scheduler = cls.from_config(config | {"_use_default_values": list(unset)}, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{cls.__name__} refuses this configuration: {error}") from error
     if own_option(scheduler, "rescale_betas_zero_snr") and scheduler.config.get("prediction_type") == "epsilon":
