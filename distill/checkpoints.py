@@ -173,25 +173,46 @@ def load(path: Path) -> State:
     return State(facts["identity"], counters, roles, optimisers, facts["scaler"])
 
 
+def check_run(path: Path, identity: Mapping[str, Any], updates: int) -> None:
+    """Compares a checkpoint with the run that is to go on from it, as far as that is known before its networks are.
+
+    Args:
+        path: of the checkpoint.
+        identity: what is known of the run's.
+        updates: at which it is to end.
+
+    Raises:
+        InputError: naming the first field that differs, or when the checkpoint is later than the end.
+    """
+    saved = _facts(path)["identity"]
+    _check_fields(path, {name: saved.get(name) for name in identity}, identity)
+    if _counters(path).step > updates:
+        raise InputError(f"{path} is later than --max_train_steps {updates}; give at least {_counters(path).step}")
+
+
 def check_identity(path: Path, saved: State, now: State) -> None:
     """Compares a checkpoint with the run that is to go on from it.
 
     Raises:
         InputError: naming the first field or tensor that differs.
     """
-    old, new = dict(_leaves(saved.identity)), dict(_leaves(now.identity))
-    for field in sorted(old.keys() | new.keys(), key=lambda field: (field != "method.type", field)):
-        if old.get(field) != new.get(field):
-            raise InputError(
-                f"{path} was written with {field} = {old.get(field)}, this run has {new.get(field)}; "
-                "use the same or start anew in another --output_dir"
-            )
+    _check_fields(path, saved.identity, now.identity)
     for name in sorted(saved.roles.keys() | now.roles.keys()):
         there, here = saved.roles.get(name), now.roles.get(name)
         if there is None or here is None or there.shape != here.shape or there.dtype != here.dtype:
             raise InputError(
                 f"{path} holds {_described(there)} as {name}, this run {_described(here)}; "
                 "use the same networks or start anew in another --output_dir"
+            )
+
+
+def _check_fields(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    for field in sorted(old.keys() | new.keys(), key=lambda field: (field != "method.type", field)):
+        if old.get(field) != new.get(field):
+            raise InputError(
+                f"{path} was written with {field} = {old.get(field)}, this run has {new.get(field)}; "
+                "use the same or start anew in another --output_dir"
             )
 
 

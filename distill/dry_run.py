@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
 from .options import DistillOptions
@@ -37,16 +40,23 @@ class Needs:
 
 @contextmanager
 def scratch(options: DistillOptions) -> Iterator[DistillOptions]:
-    """The options of a try in a folder of its own, which is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        changes = {
-            "output_dir": Path(folder),
-            "cache_dir": None,
-            "max_train_steps": UPDATES,
-            "resume_from_checkpoint": None,
-            "report_to": "none",
-        }
+    """The options of a try in a folder that all processes share, and that is gone afterwards."""
+    state = PartialState()
+    folder = [tempfile.mkdtemp() if state.is_main_process else ""]
+    broadcast_object_list(folder)
+    changes = {
+        "output_dir": Path(folder[0]),
+        "cache_dir": None,
+        "max_train_steps": UPDATES,
+        "resume_from_checkpoint": None,
+        "report_to": "none",
+    }
+    try:
         yield options.model_copy(update=changes)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder[0], ignore_errors=True)
 
 
 def measured_needs(folder: Path, device: torch.device) -> Needs:

@@ -45,6 +45,34 @@ class Outcome:
     stopped_by: str | None
 
 
+def no_watch(step: int) -> Mapping[str, float]:
+    """A watch that does nothing."""
+    return {}
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Refuses an accelerator that would cut up the networks.
+
+    Raises:
+        InputError: naming what does.
+    """
+    if accelerator.distributed_type in _SHARDED:
+        kind = accelerator.distributed_type.value
+        raise InputError(f"the networks cannot be sharded by {kind}; run accelerate with plain multi-GPU or one GPU")
+
+
+def identity_of(
+    method: Method, options: LoopOptions, accelerator: Accelerator, further: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run that is resumed must have in common with the one that wrote the checkpoint."""
+    return {
+        "method": method.model_dump(mode="json"),
+        "mixed_precision": accelerator.mixed_precision,
+        **options.identity(accelerator.num_processes),
+        **further,
+    }
+
+
 class Loop:
     """Trains the roles of a method.
 
@@ -61,6 +89,7 @@ class Loop:
         options: of the run.
         accelerator: of `run_log.make_accelerator`, or a user's own.
         watch: called in all processes after each update of the student, before its line is logged.
+        identity: what a resumed run must have in common with this one besides method and options, as JSON.
 
     Raises:
         InputError: for a sharding of the networks that the loop does not do, or a role that cannot be trained.
@@ -73,15 +102,13 @@ class Loop:
         source: Source,
         options: LoopOptions,
         accelerator: Accelerator,
-        watch: Watch = lambda step: {},
+        watch: Watch = no_watch,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
-        if accelerator.distributed_type in _SHARDED:
-            kind = accelerator.distributed_type.value
-            raise InputError(
-                f"the networks cannot be sharded by {kind}; run accelerate with plain multi-GPU or one GPU"
-            )
+        refuse_sharding(accelerator)
         self.method, self.roles, self.source, self.options = method, roles, source, options
         self.accelerator, self.watch = accelerator, watch
+        self._identity = identity_of(method, options, accelerator, identity or {})
         self.schedule = _averaged(method.turns(), options)
         self.counters = Counters()
         self.checkpoints = Checkpoints(options.output_dir, options.checkpoints_total_limit)
@@ -104,7 +131,9 @@ class Loop:
         if accelerator.is_main_process:
             self.checkpoints.sweep()
             self._log.cut(self.counters.step)
-        accelerator.init_trackers(options.tracker_project_name, tracked_settings(options.model_dump()))
+        accelerator.init_trackers(
+            options.tracker_project_name, tracked_settings(options.model_dump(exclude={"hub_token"}))
+        )
         stopped = None
         with self._own_generators(), StopRequest() as request:
             saved = chosen
@@ -260,11 +289,7 @@ class Loop:
     def _state(self) -> State:
         scaler = self.accelerator.scaler
         return State(
-            identity={
-                "method": self.method.model_dump(mode="json"),
-                "mixed_precision": self.accelerator.mixed_precision,
-                **self.options.identity(self.accelerator.num_processes),
-            },
+            identity=self._identity,
             counters=self.counters,
             roles=self.roles.state(),
             optimisers={role: tensors for role, each in self.optimisers.items() if (tensors := each.state())},

@@ -57,65 +57,12 @@ def data_in_words(method: Method, options: DistillOptions) -> str:
     return "no data but the conditions of the samples"
 
 
-def make_source(
-    method: Method, options: DistillOptions, encoder: Encoder, teacher: Plan, accelerator: Accelerator, tell: Tell
-) -> Batches:
-    """The batches of a run; what is encoded or made once is made here, shared by the processes.
-
-    Args:
-        method: says what it needs.
-        options: of the run.
-        encoder: of the pipeline.
-        teacher: how the teacher samples.
-        accelerator: knows the processes.
-        tell: of the progress.
+def open_data(options: DistillOptions) -> Images | None:
+    """The images that a run is trained on; None where there are none.
 
     Raises:
-        InputError: when images, prompts or labels are missing or not of the pipeline's sort.
+        InputError: when they are not there.
     """
-    source = _source(method, options, encoder, teacher, accelerator, tell)
-    accelerator.wait_for_everyone()
-    return source
-
-
-def shown_conditions(options: DistillOptions, pipe: Any) -> Conditions:
-    """Prompts or labels of the validation images: those of the options, or the captions of the data's first images.
-
-    Raises:
-        InputError: when there are none.
-    """
-    images = _images(options)
-    if images is None or options.prompts is not None or options.class_labels:
-        return conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
-    values = [images.example(item).value for item in range(min(len(images), max(1, options.num_validation_images)))]
-    if isinstance(values[0], str):
-        return Conditions("prompts", tuple(str(value) for value in values))
-    return conditions_for(pipe)
-
-
-def _source(
-    method: Method, options: DistillOptions, encoder: Encoder, teacher: Plan, accelerator: Accelerator, tell: Tell
-) -> Batches:
-    ranks = accelerator.process_index, accelerator.num_processes
-    batch = options.global_batch(accelerator.num_processes)
-    images = _images(options)
-    if images is not None:
-        images = First(images, batch) if options.dry_run else images
-        latents = Latents(encoder, images, options.cache / "latents", image_size(encoder, options), options.posterior)
-        latents.make(options.encode_batch_size, *ranks, tell("encoding images", len(images)))
-        return ImageBatches(latents, batch, options.seed)
-    values = _values(options, encoder)
-    if encoder.kind != "none":
-        encoder.make(values, options.encode_batch_size, *ranks, tell("encoding conditions", len(set(values))))
-    if options.teacher_samples is None:
-        return ConditionBatches(values, encoder, batch, options.seed)
-    count = min(batch, options.teacher_samples) if options.dry_run else options.teacher_samples
-    pairs = Pairs(encoder, teacher, values, options.cache / "samples", count, SEED + options.seed)
-    pairs.make(options.encode_batch_size, *ranks, tell("sampling the teacher", len(pairs)))
-    return PairBatches(pairs, batch, options.seed)
-
-
-def _images(options: DistillOptions) -> Images | None:
     if options.train_data_dir is not None:
         if not options.train_data_dir.exists():
             raise InputError(f"--train_data_dir {options.train_data_dir} does not exist; give a folder of images")
@@ -123,9 +70,67 @@ def _images(options: DistillOptions) -> Images | None:
     return None if options.dataset_name is None else open_images(options.dataset_name, options.dataset_split)
 
 
-def _values(options: DistillOptions, encoder: Encoder) -> Sequence[Value]:
-    known = conditions_for(encoder.pipe, class_labels=options.class_labels, prompts=options.prompts)
-    return known.values or (None,)
+def make_source(
+    images: Images | None,
+    values: Sequence[Value],
+    options: DistillOptions,
+    encoder: Encoder,
+    teacher: Plan,
+    accelerator: Accelerator,
+    tell: Tell,
+) -> Batches:
+    """The batches of a run; what is encoded or made once is made here, shared by the processes.
+
+    Args:
+        images: of `open_data`.
+        values: prompts or labels of a run without images.
+        options: of the run.
+        encoder: of the pipeline.
+        teacher: how the teacher samples.
+        accelerator: knows the processes.
+        tell: of the progress.
+
+    Raises:
+        InputError: when images or values are not of the pipeline's sort.
+    """
+    ranks = accelerator.process_index, accelerator.num_processes
+    batch = options.global_batch(accelerator.num_processes)
+    if images is not None:
+        images = First(images, batch) if options.dry_run else images
+        latents = Latents(encoder, images, options.cache / "latents", image_size(encoder, options), options.posterior)
+        latents.make(options.encode_batch_size, *ranks, tell("encoding images", len(images)))
+        accelerator.wait_for_everyone()
+        return ImageBatches(latents, batch, options.seed)
+    values = values or (None,)
+    values = values[:batch] if options.dry_run else values
+    pairs = None
+    if options.teacher_samples is not None:
+        count = min(batch, options.teacher_samples) if options.dry_run else options.teacher_samples
+        pairs = Pairs(encoder, teacher, values, options.cache / "samples", count, SEED + options.seed)
+    if encoder.kind != "none":
+        encoder.make(values, options.encode_batch_size, *ranks, tell("encoding conditions", len(set(values))))
+    if pairs is not None:
+        pairs.make(options.encode_batch_size, *ranks, tell("sampling the teacher", len(pairs)))
+    accelerator.wait_for_everyone()
+    if pairs is None:
+        return ConditionBatches(values, encoder, batch, options.seed)
+    return PairBatches(pairs, batch, options.seed)
+
+
+def shown_conditions(options: DistillOptions, pipe: Any, images: Images | None) -> Conditions:
+    """Prompts or labels of the run, or where it has images and none are given, captions or labels of some of these.
+
+    Raises:
+        InputError: when there are none.
+    """
+    if images is None or options.prompts is not None or options.class_labels:
+        return conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
+    count = max(1, options.num_validation_images)
+    values = [images.example(item).value for item in range(0, len(images), -(-len(images) // count))]
+    if all(isinstance(value, str) for value in values):
+        return Conditions("prompts", tuple(str(value) for value in values))
+    labels = tuple(sorted({value for value in values if isinstance(value, int)}))
+    return conditions_for(pipe, class_labels=() if getattr(pipe, "labels", None) else labels)
 
 
 def image_size(encoder: Encoder, options: DistillOptions) -> tuple[int, int]:

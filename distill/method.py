@@ -154,6 +154,11 @@ class Method(BaseModel, ABC):
         """What it is trained with; a class variable where the fields do not decide."""
         return "data"
 
+    @property
+    def least_updates(self) -> int:
+        """Updates of the student before which it is not what `plan` says."""
+        return 0
+
     @abstractmethod
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
         """The roles of this method, ``student`` among them.

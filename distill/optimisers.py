@@ -45,7 +45,7 @@ class RoleOptimiser:
     def reset(self) -> None:
         """Forgets all moments."""
         options = self._options
-        self.optimiser = _optimiser_class(options)(
+        self.optimiser = optimiser_class(options)(
             list(self.parameters.values()),
             lr=options.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
@@ -103,7 +103,12 @@ class RoleOptimiser:
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def _optimiser_class(options: LoopOptions) -> Any:
+def optimiser_class(options: LoopOptions) -> Any:
+    """The class of all optimisers of a run.
+
+    Raises:
+        InputError: when bitsandbytes is needed and missing, or has no such optimiser.
+    """
     if not options.use_8bit_adam:
         return {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[options.optimizer]
     if options.optimizer != "adamw":

@@ -56,7 +56,9 @@ class DistillOptions(LoopOptions):
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
     allow_tf32: bool = Field(default=False, description="Faster float32 on Ampere and later; not for scm.")
 
-    num_inference_steps: int = Field(default=4, gt=0, description="Steps of the student's plan.json.")
+    num_inference_steps: int | None = Field(
+        default=None, gt=0, description="Steps of the student's plan.json; default: 4, or what the method trains for."
+    )
     validation_steps: int = Field(default=500, gt=0, description="Updates of the student between validations.")
     validation_num_inference_steps: tuple[int, ...] = Field(
         default=(), description=f"Steps to validate in; default: those of {', '.join(map(str, STEPS))} that can be."
@@ -78,8 +80,6 @@ class DistillOptions(LoopOptions):
             raise ValueError("--train_data_dir and --dataset_name exclude each other; give one")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs a repository; give --hub_model_id USER/NAME")
-        if self.hub_token is not None and self.report_to in ("wandb", "all"):
-            raise ValueError("--hub_token would be logged by --report_to wandb; log in with `hf auth login` instead")
         return self
 
     @property

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-from rich.console import Console
-
-from ..eval.progress import meter
+from ..eval.progress import Meter
 from .loop import Watch
 
 
-@contextmanager
-def training_bar(console: Console, shown: bool, updates: int) -> Iterator[Watch]:
-    """A bar of the updates of the student, with the time that is left.
+def training_bar(bar: Meter, updates: int) -> Watch:
+    """A watch that counts the updates of the student and gives no values.
 
     Args:
-        console: where it is drawn.
-        shown: False in all processes but the main one.
+        bar: that shows them, with the time that is left.
         updates: of the whole run. A resumed one counts from where it goes on, that the time left is right.
-
-    Yields:
-        A watch that gives no values.
     """
-    with meter(console, shown) as bar:
-        bar.doing("update 1")
-        done: int | None = None
+    bar.begin("update 1", updates)
+    done: int | None = None
 
-        def watch(step: int) -> Mapping[str, float]:
-            nonlocal done
-            if done is None:
-                done = step - 1
-                bar.expect(updates - done)
-            bar.advance(step - done)
-            bar.doing(f"update {step:,} of {updates:,}")
-            done = step
-            return {}
+    def watch(step: int) -> Mapping[str, float]:
+        nonlocal done
+        if done is None:
+            done = step - 1
+            bar.begin("", updates - done)
+        bar.advance(step - done)
+        bar.doing(f"update {step:,} of {updates:,}")
+        done = step
+        return {}
 
-        yield watch
+    return watch
 
 
 def together(*watches: Watch) -> Watch:

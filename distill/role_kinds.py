@@ -67,8 +67,8 @@ def checked_layers(base: nn.Module, kinds: Mapping[str, Kind]) -> dict[str, tupl
     """The layers that each adapter adapts, by role, after all checks.
 
     Raises:
-        InputError: for a base that carries adapters, a name that is no identifier, an average of a role that is not
-            trained, or layers that cannot be adapted.
+        InputError: for a base that carries adapters, a name that is no identifier or that torch keeps for itself, an
+            average of a role that is not trained, or layers that cannot be adapted.
     """
     if adapter_layers(base):
         raise InputError(f"{type(base).__name__} already carries adapters; fuse or unload them first")
@@ -83,5 +83,7 @@ def checked_layers(base: nn.Module, kinds: Mapping[str, Kind]) -> dict[str, tupl
                 raise InputError(f"role {name!r} averages {kind.of!r}, which is not trained; average a trained role")
         setting = lora_setting(kinds, kind)
         if setting is not None:
+            if hasattr(nn.ModuleDict(), name):
+                raise InputError(f"torch does not let an adapter be called {name!r}; give the role another name")
             layers[name] = adapted_layers(base, setting)
     return layers

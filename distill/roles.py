@@ -230,10 +230,7 @@ class Roles:
         Raises:
             InputError: when the base cannot.
         """
-        if not getattr(self._base, "_supports_gradient_checkpointing", False):
-            raise InputError(
-                f"{type(self._base).__name__} has no gradient checkpointing; leave gradient_checkpointing off"
-            )
+        refuse_no_checkpointing(self._base)
         for network in self._networks():
             if getattr(network, "_supports_gradient_checkpointing", False):
                 network.enable_gradient_checkpointing(_Checkpoint(self, network))  # type: ignore[operator]
@@ -315,6 +312,16 @@ class Roles:
         for network in self._networks():
             network.to(device)
         return self
+
+
+def refuse_no_checkpointing(network: nn.Module) -> None:
+    """Refuses a network that diffusers cannot checkpoint the gradients of.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise InputError(f"{type(network).__name__} has no gradient checkpointing; leave gradient_checkpointing off")
 
 
 class _Checkpoint:

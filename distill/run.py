@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from rich.console import Console
-from torch import nn
 
-from ..eval.assets import is_demo, load_pipeline, reference_plan, torch_dtype
-from ..eval.conditions import Conditions
+from ..eval.assets import is_demo, torch_dtype
 from ..eval.features import load_feature_net
-from ..eval.options import pipeline_arguments
 from ..eval.progress import Meter, meter
 from ..eval.reference import demo_images
-from ..samplers import Plan, Process, TunedFor
-from ..samplers.errors import InputError
 from ..samplers.files import write_json
+from .course import Course, check_length, prepare
 from .dry_run import measured_needs, peak_bytes, scratch, table_of
-from .encoder import Encoder
-from .export import Export, export_student, origin
-from .hub import push_to_hub
-from .loop import Loop, Outcome
-from .materials import check_data, data_in_words, make_source, shown_conditions
+from .export import Export, export_student
+from .hub import push_to_hub, without_token
+from .loop import Loop, Outcome, Watch, no_watch
+from .materials import data_in_words
 from .method import Method
 from .model_card import Training, write_card
-from .options import STEPS, DistillOptions
+from .options import DistillOptions
 from .plots import write_plots
-from .run_log import RunLog, make_accelerator
-from .sources import Batches
-from .team import Team, make_team
+from .progress import together, training_bar
+from .run_log import RunLog
 from .validation import Judge, Shown, Validation
-
-TEACHER_STEPS = 50
-"Steps of the teacher where no plan says them."
-
-
-@dataclass(frozen=True)
-class Course:
-    """A distillation that is ready to begin.
-
-    Attributes:
-        method: what is trained.
-        options: of the run.
-        pipe: the teacher's pipeline.
-        component: the pipeline's name of the network.
-        teacher: how the teacher samples.
-        plans: how the student is sampled, by number of steps; the first is the one that ships.
-        team: the networks.
-        source: of the batches.
-        accelerator: of the run.
-        conditions: prompts or labels of the images that are looked at.
-        call_kwargs: further arguments of the pipeline's call.
-        base: what the student's plans say about the pipeline.
-    """
-
-    method: Method
-    options: DistillOptions
-    pipe: Any
-    component: str
-    teacher: Plan
-    plans: dict[int, Plan]
-    team: Team
-    source: Batches
-    accelerator: Accelerator
-    conditions: Conditions
-    call_kwargs: dict[str, Any]
-    base: TunedFor
 
 
 def distill(method: Method, options: DistillOptions, command: str = "", console: Console | None = None) -> Outcome:
@@ -88,6 +40,8 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     Raises:
         InputError: one line that names what is wrong and the mend.
     """
+    check_length(method, options)
+    command = without_token(command)
     shown = console is not None and PartialState().is_main_process
     with meter(console or Console(), shown) as bar:
         if options.dry_run:
@@ -117,19 +71,11 @@ def train(course: Course, bar: Meter) -> Outcome:
     Raises:
         InputError: as `Loop.run`.
     """
-    options, last = course.options, course.options.max_train_steps
     validation = _validation(course)
-    bar.doing(f"training {course.method.type}")
-    bar.expect(last)
-    done = 0
-
-    def watch(step: int) -> dict[str, float]:
-        nonlocal done
-        bar.advance(step - done)
-        done = step
-        return {} if validation is None else validation(step)
-
-    return Loop(course.method, course.team, course.source, options, course.accelerator, watch).run()
+    watch = together(training_bar(bar, course.options.max_train_steps), validation)
+    return Loop(
+        course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity
+    ).run()
 
 
 def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
@@ -185,85 +131,11 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
     return exports
 
 
-def prepare(method: Method, options: DistillOptions, bar: Meter) -> Course:
-    """Loads, checks and makes everything that a run needs; what can be refused is refused before work begins.
-
-    Raises:
-        InputError: naming the option and the mend.
-    """
-    check_data(method, options)
-    lora = options.lora(method.lora_rank)
-    accelerator = make_accelerator(options)
-    torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
-    pipe = load_pipeline(options.pipe, dtype=options.dtype, device=str(accelerator.device), download=options.download)
-    process = Process.from_scheduler(pipe.scheduler)
-    teacher = Plan.load(options.teacher) if options.teacher else reference_plan(options.pipe, TEACHER_STEPS)
-    guidance = teacher_guidance(pipe, teacher)
-    plans = student_plans(method, options, process)
-    arguments = pipeline_arguments(pipe, options.call_kwargs)
-    scales = [guidance, *getattr(method, "guidance_scale", ())]
-    told = {"guidance_scale": max(scales)} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
-    encoder = Encoder(pipe, {**told, **arguments}, options.cache / "conditions")
-    component = encoder.layout.component
-    network: nn.Module = getattr(pipe, component)
-    base = origin(pipe)
-    source = make_source(method, options, encoder, teacher, accelerator, _told(bar))
-    conditions = shown_conditions(options, pipe)
-    team = make_team(network, process, method, lora, guidance, options.seed, average=options.use_ema)
-    team.roles.to(accelerator.device)
-    if options.gradient_checkpointing:
-        team.roles.enable_gradient_checkpointing()
-    return Course(
-        method, options, pipe, component, teacher, plans, team, source, accelerator, conditions, arguments, base
-    )
-
-
-def teacher_guidance(pipe: Any, teacher: Plan) -> float:
-    """The scale with which the teacher is guided: its plan's, else the default of the pipeline's call, else 1."""
-    scale = getattr(teacher.guidance, "scale", None)
-    if isinstance(scale, int | float):
-        return float(scale)
-    if teacher.guidance is not None:
-        raise InputError(
-            f"the teacher's plan has the guidance {teacher.guidance.type!r}; a student learns one scale, so give a "
-            "plan with constant guidance"
-        )
-    known = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return float(known.default) if known is not None and isinstance(known.default, int | float) else 1.0
-
-
-def student_plans(method: Method, options: DistillOptions, process: Process) -> dict[int, Plan]:
-    """How the student is sampled, by number of steps, ``--num_inference_steps`` first.
-
-    Raises:
-        InputError: for steps that were asked for and that the method does not train.
-    """
-    plans = {options.num_inference_steps: method.plan(process, options.num_inference_steps)}
-    for steps in options.validation_num_inference_steps:
-        plans[steps] = method.plan(process, steps)
-    if not options.validation_num_inference_steps:
-        for steps in STEPS:
-            try:
-                plans.setdefault(steps, method.plan(process, steps))
-            except InputError:
-                continue
-    return plans
-
-
-def _told(bar: Meter) -> Callable[[str, int], Callable[[int], None]]:
-    def tell(what: str, count: int) -> Callable[[int], None]:
-        bar.doing(what)
-        bar.expect(count)
-        return bar.advance
-
-    return tell
-
-
-def _validation(course: Course) -> Validation | None:
-    """The validation of a run; None where no images are wanted."""
+def _validation(course: Course) -> Watch:
+    """The validation of a run; one that does nothing where no images are wanted."""
     options = course.options
     if not options.num_validation_images:
-        return None
+        return no_watch
     judge = None
     if is_demo(options.pipe):
         net = load_feature_net("fashion-features", None, device=str(course.accelerator.device))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .jumps import Denoiser
 from .lora import LoraSetting
 from .method import Method, Moment, seed_of
 from .predict import Prediction, guided, predict
-from .role_kinds import Adapter, Ema, FullCopy
+from .role_kinds import Adapter, Ema, FullCopy, Kind, checked_layers
 from .roles import Roles
 from .schedule import AVERAGE
 from .times import Draws, Range
@@ -115,6 +115,64 @@ def noise_like(x: Tensor, moment: Moment) -> Tensor:
     return moment.rows(lambda generator: torch.randn(x.shape[1:], generator=generator))
 
 
+@dataclass(frozen=True)
+class Cast:
+    """The roles of a run before they are made: nothing has been changed yet.
+
+    Attributes:
+        network: that they are made of: the teacher's, or one with more inputs that predicts the same.
+        kinds: what each role is, by name.
+    """
+
+    network: nn.Module
+    kinds: Mapping[str, Kind]
+
+
+def make_cast(
+    network: nn.Module, method: Method, lora: LoraSetting | None, seed: int = 0, average: bool = False
+) -> Cast:
+    """The roles of a method on a network.
+
+    Args:
+        network: the teacher's.
+        method: says who there is.
+        lora: the student's adapter; None to train all weights.
+        seed: of what heads begin with; one for all processes.
+        average: whether the student is averaged over the run (`AVERAGE`).
+
+    Raises:
+        InputError: when the method cannot train such a network.
+    """
+    student = FullCopy() if lora is None else Adapter(lora)
+    fitted = method.fitted(network)
+    averaged = {AVERAGE: Ema("student")} if average else {}
+    with _own_seed(seed, "kinds"):
+        cast = Cast(fitted, {**method.kinds(student, fitted), **averaged})
+    checked_layers(cast.network, cast.kinds)
+    return cast
+
+
+def team_of(cast: Cast, process: Process, guidance: float, seed: int = 0) -> Team:
+    """The team of a cast, whose network it freezes and puts adapters on.
+
+    Args:
+        cast: who there is.
+        process: of the pipeline.
+        guidance: scale of the teacher where the method says none.
+        seed: of what adapters begin with; one for all processes.
+    """
+    with _own_seed(seed, "roles"):
+        return Team(Roles(cast.network, cast.kinds), process, guidance)
+
+
+@contextmanager
+def _own_seed(seed: int, what: str) -> Iterator[None]:
+    """What is random in the block follows from the arguments; torch's global generator is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, what))
+        yield
+
+
 def make_team(
     network: nn.Module,
     process: Process,
@@ -124,23 +182,9 @@ def make_team(
     seed: int = 0,
     average: bool = False,
 ) -> Team:
-    """The team of a method on a network, which it freezes.
-
-    Args:
-        network: the teacher's.
-        process: of the pipeline.
-        method: says who there is.
-        lora: the student's adapter; None to train all weights.
-        guidance: scale of the teacher where the method says none.
-        seed: of what adapters and heads begin with; one for all processes.
-        average: whether the student is averaged over the run (`AVERAGE`).
+    """`make_cast` and `team_of` in one.
 
     Raises:
         InputError: when the method cannot train such a network; it has not been changed then.
     """
-    student = FullCopy() if lora is None else Adapter(lora)
-    fitted = method.fitted(network)
-    averaged = {AVERAGE: Ema("student")} if average else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, "roles"))
-        return Team(Roles(fitted, {**method.kinds(student, fitted), **averaged}), process, guidance)
+    return team_of(make_cast(network, method, lora, seed, average), process, guidance, seed)

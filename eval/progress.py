@@ -33,6 +33,11 @@ class Meter:
         self._total += work
         self._bar.update(self._task, total=self._total)
 
+    def begin(self, what: str, work: float) -> None:
+        """Leaves what was counted so far, and begins with work of another kind."""
+        self._total = work
+        self._bar.reset(self._task, total=work, description=what)
+
     def doing(self, what: str) -> None:
         """Says what the work is about from now on."""
         self._bar.update(self._task, description=what)

@@ -58,6 +58,11 @@ class Progressive(Method):
         """How often the steps are halved."""
         return (self.teacher_steps // self.final_steps).bit_length() - 1
 
+    @property
+    def least_updates(self) -> int:
+        """Those of all stages."""
+        return self.stages * self.stage_steps
+
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
         """The student, and a copy of it that stays as it was when its stage began."""
         return {"student": student, "teacher": Ema("student")}

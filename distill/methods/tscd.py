@@ -43,6 +43,11 @@ class TSCD(OnGrid, Distilling):
             segment_edges(self.grid_steps, count)
         return self
 
+    @property
+    def least_updates(self) -> int:
+        """Those of all stages but the last, and one."""
+        return (len(self.segments) - 1) * self.stage_steps + 1
+
     def turns(self) -> Schedule:
         """The student in every turn, in stages."""
         starts = [index * self.stage_steps for index in range(len(self.segments))]

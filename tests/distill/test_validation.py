@@ -24,7 +24,7 @@ from fewstep.distill.validation import Judge, Shown, Validation
 from fewstep.eval.conditions import Conditions
 from fewstep.eval.features import FeatureStats
 from fewstep.eval.paired import psnr
-from fewstep.eval.progress import Meter
+from fewstep.eval.progress import Meter, meter
 from fewstep.eval.reference import RealImages
 from fewstep.samplers import DiffusersSolver, Plan, SpacingGrid, attach
 from fewstep.samplers.errors import InputError
@@ -206,10 +206,11 @@ def test_pictures_hold_every_pixel_of_small_images():
 def test_the_bar_counts_a_resumed_run_from_where_it_goes_on(monkeypatch):
     done = []
     monkeypatch.setattr(Meter, "advance", lambda self, work: done.append(work))
-    monkeypatch.setattr(Meter, "expect", lambda self, work: done.append(("expect", work)))
-    with training_bar(Console(), False, 10) as watch:
+    monkeypatch.setattr(Meter, "begin", lambda self, what, work: done.append(("begin", work)))
+    with meter(Console(), False) as bar:
+        watch = training_bar(bar, 10)
         assert [watch(step) for step in (7, 8, 9, 10)] == [{}] * 4
-    assert done == [("expect", 4), 1, 1, 1, 1]
+    assert done == [("begin", 10), ("begin", 4), 1, 1, 1, 1]
 
 
 def test_watches_are_joined():
