@@ -19,6 +19,7 @@ from torch import nn
 
 from ..samplers import Plan, TunedFor, denoisers, fingerprint
 from ..samplers.errors import InputError
+from ..samplers.guidance_schedule import GuidanceSchedule
 from .deploy import unguided
 from .export_lora import LoraFiles, export_lora
 from .method import Method
@@ -86,7 +87,8 @@ def deployed_plan(pipe: Any, network: nn.Module, method: Method, plan: Plan) -> 
 
 def call_arguments(plan: Plan, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a pipeline's call that a plan leaves to the caller."""
-    decided = {"num_inference_steps": plan.grid, "guidance_scale": plan.guidance}
+    scale = "true_cfg_scale" if isinstance(plan.guidance, GuidanceSchedule) else None
+    decided = {"num_inference_steps": plan.grid, "guidance_scale": plan.guidance, scale: plan.guidance}
     return {name: value for name, value in call_kwargs.items() if decided.get(name) is None}
 
 

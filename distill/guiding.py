@@ -14,7 +14,7 @@ from ..samplers.errors import InputError
 from ..samplers.guidance import ConstantGuidance
 from ..samplers.guidance_schedule import GuidanceSchedule
 from .conditions import Layout
-from .method import Method
+from .method import Method, Needs
 
 SCALE, TRUE_SCALE = "guidance_scale", "true_cfg_scale"
 
@@ -49,7 +49,7 @@ def guiding(pipe: Any, network: nn.Module, method: Method, teacher: Plan, call_k
     """
     known = inspect.signature(type(pipe).__call__).parameters
     own = tuple(getattr(method, SCALE, ()))
-    planned = {} if method.needs == "pairs" else _planned(teacher, TRUE_SCALE if TRUE_SCALE in known else SCALE)
+    planned = _planned(teacher, TRUE_SCALE if TRUE_SCALE in known else SCALE, method.needs)
 
     def scale_of(name: str) -> float:
         default = known[name].default if name in known else None
@@ -84,17 +84,19 @@ def refuse_unseen_guidance(layout: Layout, guided: Guiding, method: Method) -> N
         )
 
 
-def _planned(teacher: Plan, name: str) -> dict[str, float]:
-    """The scale in the teacher's plan, by the argument of the pipeline's call that it sets."""
+def _planned(teacher: Plan, name: str, needs: Needs) -> dict[str, float]:
+    """The scale in the teacher's plan, by the argument of the pipeline's call that it sets; pairs have any guidance."""
     part = teacher.guidance
     if part is None:
         return {}
-    if getattr(part, "rescale", None) is not None:
+    if getattr(part, "rescale", None) is not None and needs != "pairs":
         raise InputError("the teacher's plan rescales its guidance, which a student does not learn; leave rescale out")
     if isinstance(part, ConstantGuidance):
         return {SCALE: part.scale}
     if isinstance(part, GuidanceSchedule) and isinstance(part.scale, float) and part.window == (0.0, 1.0):
         return {name: part.scale}
+    if needs == "pairs":
+        return {}
     raise InputError(
         f"the guidance {part.type!r} of the teacher's plan changes over the steps; a student learns one scale, so give "
         "a plan with constant guidance"

@@ -22,6 +22,7 @@ from ..samplers.fingerprint import fingerprint
 from ..samplers.network import denoisers
 from ..samplers.recording import record
 from .encoder import Encoder, Value
+from .export import call_arguments
 
 SHARD = 256
 "Pairs in a file."
@@ -118,7 +119,7 @@ class Pairs:
 
     def _sample(self, items: Sequence[int]) -> Pair:
         watch = _Ends()
-        arguments = self.encoder.arguments([self.value(item) for item in items])
+        arguments = call_arguments(self.plan, self.encoder.arguments([self.value(item) for item in items]))
         generators = [torch.Generator("cpu").manual_seed(self.seed + item) for item in items]
         record(self.encoder.pipe, self.plan, arguments | {"generator": generators, "output_type": "np"}, watch)
         ends = Pair(*(rows[: len(items)].float().cpu() for rows in (watch.start, watch.end)))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from ..samplers.errors import InputError
+from ..samplers.errors import InputError, unknown_name
 
 Options = TypeVar("Options")
 
@@ -95,7 +95,15 @@ def exit_status(program: str, command: Callable[[], int | None], interrupted: st
 
 def _one_line(message: str) -> str:
     """A message as one line; flags and types by the names that the user gave them."""
-    line = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", " ".join(message.split()))
+    line = " ".join(message.split())
+    if choice := re.fullmatch(r"argument (\w+): invalid choice: '(.*?)' \(choose from (.*)\)", line):
+        what, name, known = choice.groups()
+        return str(unknown_name(what.lower(), name, [each.strip("' ") for each in known.split(",")]))
+    line = re.sub(
+        r'^expected "[\w.-]+" to be (one of .*), but it was not provided\.$', r"a command is missing; give \1", line
+    )
+    line = re.sub(r"arguments are required: (?:[\w-]+\.)*(\w+)$", r"arguments are required: --\1", line)
+    line = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", line)
     line = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1;", line)
     return re.sub(r"Expected an? typing\.Literal(\[.*?\])\.", r"expected one of \1;", line).replace("Got value:", "got")
 
