@@ -70,6 +70,7 @@ class Evaluator:
         rows, columns = state.known.nonzero(as_tuple=True)
         state.at, state.raw = (rows, columns), raw.pop(MAIN)
         state.branches = raw
+        self._judge(state, plan, query, wanted)
         self._note(state, query, len(branches))
 
     def _check(self, state: DecodeState, reused: Tensor) -> None:
@@ -178,6 +179,26 @@ class Evaluator:
         order = torch.cat([number[reused], number[known]]).argsort()
         return torch.cat([old, new.to(old.dtype)])[order]
 
+    def _judge(self, state: DecodeState, plan: CachePlan, query: Tensor, wanted: Tensor) -> None:
+        """Which keys and values are now those of a full evaluation, and whether all logits are.
+
+        Raises:
+            PolicyError: when the cache says that it is exact and was not.
+        """
+        blocks = state.model_blocks
+        old = state.present & ~query & ~state.fresh
+        sound = blocks < least(blocks, old)
+        if plan.visible is not None:
+            sound = torch.zeros_like(sound)
+        state.fresh = torch.where(query, sound, state.fresh)
+        lacking = (wanted & ~state.known) | (state.sources(state.known) & query & ~sound)
+        state.exact = state.exact & ~lacking.any(1)
+        cache = state.recipe.cache
+        if cache.exactness(state.spec) and not bool(state.exact.all()):
+            raise PolicyError(
+                f"the {cache.type} cache says that it is exact, but leaves logits out or reads outdated keys and values"
+            )
+
     def _note(self, state: DecodeState, query: Tensor, branches: int) -> None:
         self.nfe += query.any(1) * branches
         self.token_forwards += query.sum(1) * branches
@@ -187,6 +208,11 @@ class Evaluator:
         if state.recipe.cache.keeps == "kv":
             state.drift = torch.where(query & state.stored, self._stores[MAIN].drift[:, :-1], 0.0)
             state.stored = state.stored | query
+
+
+def least(blocks: Tensor, positions: Tensor) -> Tensor:
+    """(B, 1), the first block of the attention with one of ``positions``; past the last block where there is none."""
+    return blocks.masked_fill(~positions, int(blocks.max()) + 1).amin(1, keepdim=True)
 
 
 def _complete(state: DecodeState, plan: CachePlan, query: Tensor) -> Tensor:

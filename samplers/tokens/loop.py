@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .denoiser import Denoiser
-from .evaluate import Evaluator, check_logits
+from .evaluate import Evaluator, check_logits, least
 from .recipe import RECIPES, Recipe
 from .result import Decoded
 from .slots import Choice, PolicyError
@@ -206,7 +206,7 @@ def _check_follow(earlier: Decoded | None, state: DecodeState) -> None:
 
 def _commit(state: DecodeState, choice: Choice) -> None:
     """Writes the choice, asks for rewrites and ends, and closes the step."""
-    recipe, before = state.recipe, state.x
+    recipe, before, present = state.recipe, state.x, state.present
     select, tokens = choice.select & state.alive[:, None], choice.tokens
     if bool((select & ((tokens == state.spec.mask_id) | (tokens < 0) | (tokens >= state.spec.vocab_size))).any()):
         raise PolicyError("a policy commits the mask or a token that is not in the vocabulary")
@@ -228,6 +228,8 @@ def _commit(state: DecodeState, choice: Choice) -> None:
     ends = recipe.exit.ends(state)
     if ends is not None:
         state.end = torch.where(state.alive, torch.minimum(state.end, ends), state.end)
+    blocks, timed = state.model_blocks, state.spec.time_conditioned
+    state.fresh = state.fresh & (blocks < least(blocks, state.changed | (present & ~state.present))) & (not timed)
     if choice.failed is not None:
         state.failed = state.failed | (choice.failed & state.alive)
     state.step = state.step + state.alive.long()
@@ -254,6 +256,6 @@ def _result(state: DecodeState, evaluator: Evaluator) -> Decoded:
         steps=state.step,
         reveal_step=state.reveal_step,
         reveal_conf=state.reveal_conf,
-        exact=state.recipe.cache.exactness(evaluator.denoiser),
+        exact=bool(state.exact.all()),
         kv_bytes=evaluator.kv_bytes,
     )

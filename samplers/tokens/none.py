@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import DenoiserSpec
 from .slots import (
     CACHES,
     CONSTRAINTS,
@@ -58,7 +58,7 @@ class NoCache(TokenCache):
         """Everything that counts."""
         return CachePlan(query=state.reach(state.open))
 
-    def exactness(self, denoiser: Denoiser) -> bool:
+    def exactness(self, spec: DenoiserSpec) -> bool:
         """Exact by definition."""
         return True
 

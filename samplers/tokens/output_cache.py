@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from ..errors import InputError
-from .denoiser import Denoiser
+from .denoiser import Denoiser, DenoiserSpec
 from .slots import CACHES, CachePlan, TokenCache
 from .state import DecodeState
 
@@ -35,6 +33,6 @@ class OutputCache(TokenCache):
         fresh = state.changed.any(1) | (state.open & ~state.known).any(1)
         return CachePlan(query=state.reach(state.open) & fresh[:, None])
 
-    def exactness(self, denoiser: Denoiser) -> bool:
+    def exactness(self, spec: DenoiserSpec) -> bool:
         """Exact for every denoiser that it suits."""
-        return not denoiser.spec.time_conditioned
+        return not spec.time_conditioned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .denoiser import Denoiser
+from .denoiser import DenoiserSpec
 from .slots import CACHES, CachePlan, TokenCache
 from .state import DecodeState
 
@@ -19,6 +19,6 @@ class RefreshAll(TokenCache):
         """Everything that counts."""
         return CachePlan(query=state.reach(state.open))
 
-    def exactness(self, denoiser: Denoiser) -> bool:
+    def exactness(self, spec: DenoiserSpec) -> bool:
         """Exact: no key or value is used twice."""
         return True

@@ -23,7 +23,8 @@ class Decoded:
         steps: (B,) int64, iterations of the loop.
         reveal_step: (B, L) int64, step at which a position was committed last; -1 in the prompt.
         reveal_conf: (B, L) float64, its token's probability then; NaN in the prompt.
-        exact: whether the cache changes nothing: the tokens are those of this recipe with no cache.
+        exact: whether the tokens are those of this recipe with no cache: every logit that was read was there, and came
+            from keys and values that a full evaluation would have given. Found out in each step, not taken on trust.
         kv_bytes: most bytes of keys and values that were kept at once.
     """
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ..part import Member
 from ..registry import Registry
-from .denoiser import Denoiser
+from .denoiser import Denoiser, DenoiserSpec
 from .state import Confidence, DecodeState
 
 if TYPE_CHECKING:
@@ -197,8 +197,9 @@ class TokenCache(Policy):
     """What is not evaluated again.
 
     ``plan`` sees the state before the evaluation: ``state.open`` is what has to become known (some of it, in every
-    live row), ``stored``, ``seen``, ``age`` and ``stale`` say what the store holds, ``block_step == 0`` that a block
-    has just begun. Examples, for a full-attention denoiser with b = ``state.in_block``:
+    live row), ``stored``, ``seen``, ``age``, ``stale`` and ``fresh`` say what the store holds, ``block_step == 0`` that
+    a block has just begun. A position becomes known when ``state.sources`` of it is queried, which the loop adds for
+    queried positions. Examples, for a full-attention denoiser with b = ``state.in_block``:
 
     * everything, each step: ``query=state.present``;
     * dual cache: b, and everything where ``block_step == 0``;
@@ -207,7 +208,8 @@ class TokenCache(Policy):
     * prompt refreshed every r steps: ``state.age >= r`` of the prompt, beside the block;
     * groups (ReCAP): at a full step everything, then only the union chosen there; other rows are at other stages;
     * prompt by itself first (Dimple): ``visible`` (B, L, L) keeps prompt queries from seeing the answer;
-    * block-causal prefix: ``state.reach(state.open)`` without what is stored, not stale and in finished blocks.
+    * block-causal prefix: ``state.sources(state.open) | (state.reach(state.open) & ~state.fresh)``, exact for every
+      denoiser, and worth something for a block-causal one.
     """
 
     keeps: ClassVar[Literal["nothing", "logits", "kv"]] = "kv"
@@ -225,14 +227,16 @@ class TokenCache(Policy):
     def invalidate(self, state: DecodeState, positions: Tensor) -> None:
         """Called when committed tokens were rewritten, (B, L) bool: by default they lose their keys and values.
 
-        The loop then evaluates them again as soon as a query may see them. An exact cache has to forget what was
-        computed from them too.
+        The loop then evaluates them again as soon as a query may see them.
         """
         state.stored &= ~positions
 
     @abstractmethod
-    def exactness(self, denoiser: Denoiser) -> bool:
-        """Whether the tokens are those of no cache, for every prompt and every rest of the recipe."""
+    def exactness(self, spec: DenoiserSpec) -> bool:
+        """Whether the tokens are those of no cache, for every prompt and every rest of the recipe.
+
+        The loop checks in each step that a cache which says so evaluates everything that is not ``state.fresh``.
+        """
 
 
 class LogitsProcessor(Policy):

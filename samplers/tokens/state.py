@@ -55,6 +55,9 @@ class DecodeState:
         stored: bool, positions with keys and values in the store, or evaluated at all without one.
         seen: int64, the token that a position had when it was evaluated last.
         age: int64, steps of the row since then.
+        fresh: bool, positions whose keys and values are those that a full evaluation of the canvas would give: nothing
+            that they depend on has changed since. A cache that evaluates everything else is exact.
+        exact: (B,) bool, whether all logits so far were those of no cache.
         drift: float32, how much stored values changed when they were written over last, for plans that probe.
         changed: bool, positions that the last iteration wrote.
         seeds: of the rows.
@@ -84,7 +87,8 @@ class DecodeState:
         self.failed = torch.zeros_like(self.alive)
         self.step, self.block_step, self.block_masks = self._rows(0), self._rows(0), self._rows(0)
         self.block_start, self.block_end, self.block_index = self._rows(0), self._rows(0), self._rows(-1)
-        self.known, self.stored, self.changed = (torch.zeros_like(self.editable) for _ in range(3))
+        self.known, self.stored, self.changed, self.fresh = (torch.zeros_like(self.editable) for _ in range(4))
+        self.exact = torch.ones_like(self.alive)
         self.at: tuple[Tensor, Tensor] = (self._rows(0)[:0], self._rows(0)[:0])
         self.raw = self.logits = torch.zeros(0, self.spec.vocab_size, device=self.x.device)
         self.branches: dict[str, Tensor] = {}
