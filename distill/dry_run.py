@@ -75,14 +75,8 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def table_of(roles: Roles, needs: Needs, updates: int) -> Table:
-    """Roles with what they train, and the needs of the whole run.
-
-    Args:
-        roles: of the run.
-        needs: of the try.
-        updates: of the student in the whole run.
-    """
+def table_of(roles: Roles) -> Table:
+    """Roles with what they train."""
     table = Table(title="dry run", title_justify="left")
     for heading in ("role", "is", "trained tensors", "trained parameters"):
         table.add_column(heading, justify="left" if heading in ("role", "is") else "right")
@@ -91,9 +85,13 @@ def table_of(roles: Roles, needs: Needs, updates: int) -> Table:
         table.add_row(
             name, type(kind).__name__, f"{len(trained):,}", f"{sum(parameter.numel() for parameter in trained):,}"
         )
+    return table
+
+
+def in_words(needs: Needs, updates: int) -> str:
+    """What a whole run of so many updates needs."""
     hours = needs.update_s * updates / 3600
-    table.caption = (
+    return (
         f"{needs.update_s:.3g} s an update, {hours:.3g} hours for {updates:,}; "
         f"{needs.peak_bytes / 2**20:,.0f} MiB of memory; {needs.checkpoint_bytes / 2**20:,.1f} MiB a checkpoint"
     )
-    return table

@@ -11,7 +11,7 @@ from ..eval.progress import Meter, meter
 from ..eval.reference import demo_images
 from ..samplers.files import write_json
 from .course import Course, check_length, prepare
-from .dry_run import measured_needs, peak_bytes, scratch, table_of
+from .dry_run import in_words, measured_needs, peak_bytes, scratch, table_of
 from .export import Export, export_student
 from .hub import push_to_hub, without_token
 from .loop import Loop, Outcome, Watch, no_watch
@@ -50,7 +50,8 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
                 outcome = train(course, bar)
                 needs = measured_needs(tried.output_dir, course.accelerator.device)
             if shown and console is not None:
-                console.print(table_of(course.team.roles, needs, options.max_train_steps))
+                console.print(table_of(course.team.roles))
+                console.print(in_words(needs, options.max_train_steps), highlight=False, soft_wrap=True)
             return outcome
         course = prepare(method, options, bar)
         outcome = train(course, bar)
