@@ -16,7 +16,7 @@ from ..samplers.explicit import EXPLICIT
 from ..samplers.files import write_json, write_text
 from ..samplers.part import Slot
 from ..samplers.solver import scheduler_names
-from . import caches_doc, cli, samplers_doc, schedulers_doc, search_doc
+from . import caches_doc, cli, distill_doc, samplers_doc, schedulers_doc, search_doc
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- what works: generated -->", "<!-- end -->"
@@ -67,6 +67,7 @@ def main() -> None:
     write_text(ROOT / "docs" / "schedulers.md", schedulers_doc.document())
     write_text(ROOT / "docs" / "samplers.md", samplers_doc.document(ROOT / samplers_doc.RESULTS))
     write_text(ROOT / "docs" / "caches.md", caches_doc.document(ROOT / caches_doc.RESULTS))
+    write_text(ROOT / "docs" / "distill.md", distill_doc.document(ROOT / samplers_doc.RESULTS))
     write_text(ROOT / "docs" / "search.md", search_doc.document(ROOT / samplers_doc.RESULTS))
 
 

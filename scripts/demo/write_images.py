@@ -1,6 +1,6 @@
 """Fashion-MNIST as a folder of images, one folder a label: what ``fewstep distill --train_data_dir`` reads.
 
-    python -m fewstep.scripts.demo.write_images --out DIR
+python -m fewstep.scripts.demo.write_images --out DIR
 """
 
 from __future__ import annotations

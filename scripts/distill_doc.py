@@ -1,0 +1,119 @@
+"""Makes docs/distill.md: the methods, and what their students were measured at, from docs/results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..distill.commandline import method_lines
+from ..distill.method import METHODS
+from ..samplers.files import read_json
+from . import markdown
+
+HEAD = """# Distillation, measured
+
+Made by `python -m fewstep.scripts.tables` from the methods and from `docs/results`.
+
+`fewstep distill METHOD` trains a student and leaves it as stock diffusers loads it, with a plan for each number of
+steps. All methods run on the same loop; each is one file of `distill/methods/`, and `fewstep distill METHOD --help`
+shows its options."""
+
+METHODS_HEAD = """## Methods
+
+*Data* is what a method is trained on: images (or samples of the teacher, `--teacher_samples`), pairs of noise and what
+the teacher made of it (`--teacher_samples`), or prompts and labels alone. *Adapter*: whether it trains a LoRA where
+`--lora_rank` says nothing; every other one does with `--lora_rank`."""
+
+STUDENTS_HEAD = """## Students of `fashion-dit`
+
+Against Fashion-MNIST's 10,000 *test* images, {n:,} images a row on seeds from {seed:,} on. Distances are `fd_fashion`,
+lower is better, ± one standard error from a jackknife over blocks of seeds; differences are to the teacher in
+{steps} steps, on the same seeds. Precision and recall are to training images. The trainings are short ones on one CPU
+core: the table says what a method is worth after minutes, not what it can do."""
+
+THROUGHPUT_HEAD = """## What an update costs
+
+Seconds of an update of the student, beside the sum of the forward and backward passes that it needs, both measured in
+one run: the rest is what the loop costs."""
+
+NEEDS = {"data": "images", "pairs": "pairs", "conditions": "prompts, labels"}
+
+
+def document(results: Path) -> str:
+    """The text of docs/distill.md.
+
+    Args:
+        results: the folder of the files that the benchmarks wrote; a section without its file says so.
+    """
+    sections = [HEAD, METHODS_HEAD, _methods(), *_students(results / "students-dit.json")]
+    sections += [THROUGHPUT_HEAD, _throughput(results / "throughput.json")]
+    return "\n\n".join(sections) + "\n"
+
+
+def _methods() -> str:
+    rows = [
+        [f"`{name}`", text, NEEDS[METHODS[name]().needs], "yes" if METHODS[name].lora_rank else ""]
+        for name, text in method_lines()
+    ]
+    return markdown.table(["method", "", "data", "adapter"], rows)
+
+
+def _students(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield STUDENTS_HEAD.format(n=0, seed=0, steps=50)
+        yield "Not measured."
+        return
+    found: Mapping[str, Any] = read_json(path)
+    yield STUDENTS_HEAD.format(n=found["n"], seed=found["seed"], steps=round(found["teacher"]["nfe"] / 2))
+    head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
+    rows = [["teacher", "50", *_scores(found["teacher"])]]
+    for name, student in found["students"].items():
+        rows += [[f"`{name}`", steps, *_scores(row)] for steps, row in student["rows"].items()]
+    yield markdown.table(head, rows)
+    yield "What they took:"
+    head = ["student", "method", "updates", "batch", "data", "minutes", "memory", "trained parameters"]
+    rows = [
+        [
+            f"`{name}`",
+            f"`{student['method']['type']}`",
+            f"{student['updates']:,}",
+            str(student["global_batch"]),
+            student["data"],
+            f"{student['seconds'] / 60:.0f}",
+            f"{student['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{student['trained_parameters']['student']:,}",
+        ]
+        for name, student in found["students"].items()
+    ]
+    yield markdown.table(head, rows)
+    yield "```\n" + "\n".join(student["command"] for student in found["students"].values()) + "\n```"
+
+
+def _scores(row: Mapping[str, Any]) -> list[str]:
+    metrics = row["metrics"]
+    difference = markdown.number(*row["difference"], sign="+") if "difference" in row else ""
+    shares = [metrics[name]["value"] for name in ("class_accuracy", "precision", "recall")]
+    return [
+        markdown.number(metrics["fd"]["value"], metrics["fd"]["se"]),
+        difference,
+        *(f"{each:.3f}" for each in shares),
+    ]
+
+
+def _throughput(path: Path) -> str:
+    if not path.is_file():
+        return "Not measured."
+    found = read_json(path)
+    rows = [
+        [
+            f"`{name}`",
+            f"{row['update_s']:.3f}",
+            f"{row['passes_s']:.3f}",
+            f"{row['update_s'] / row['passes_s']:.2f}",
+            row["passes"],
+        ]
+        for name, row in found["rows"].items()
+    ]
+    table = markdown.table(["method", "update, s", "passes, s", "ratio", "passes of an update"], rows)
+    return f"{table}\n\n`{found['command']}`, batch {found['batch']}, {found['device']}."
