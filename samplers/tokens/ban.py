@@ -27,8 +27,8 @@ class Ban(LogitsProcessor):
 
     @model_validator(mode="after")
     def _something(self) -> Ban:
-        if (self.allowed is None) == (not self.banned):
-            raise ValueError("give either allowed or banned tokens")
+        if self.allowed is None and not self.banned:
+            raise ValueError("a ban names allowed or banned tokens")
         return self
 
     def suits(self, denoiser: Denoiser) -> None:

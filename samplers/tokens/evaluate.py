@@ -245,11 +245,8 @@ def _groups(counts: Tensor) -> list[Tensor]:
     """Rows with something to evaluate, in forward passes of which no row fills less than half."""
     groups: list[list[int]] = []
     largest = 0
-    for row in counts.argsort(descending=True, stable=True).tolist():
-        count = int(counts[row])
-        if not count:
-            break
-        if not groups or 2 * count < largest:
+    for count, row in sorted(((count, row) for row, count in enumerate(counts.tolist()) if count), reverse=True):
+        if 2 * count < largest or not groups:
             groups.append([])
             largest = count
         groups[-1].append(row)

@@ -121,7 +121,7 @@ def test_a_row_that_ended_costs_nothing_more():
     task = oracles.copy()
     recipe = Recipe(blocks=Fixed(length=4), unmask=Threshold())
     costs = [
-        decode(task.denoiser(), task.prompts(2), 16, recipe.replace(exit=exit)).nfe.tolist()
-        for exit in (EosExit(), EosExit(drop=True), {"type": "none"})
+        decode(task.denoiser(), task.prompts(2), 16, recipe.replace(exit=early)).nfe.tolist()
+        for early in (EosExit(), EosExit(drop=True), {"type": "none"})
     ]
     assert costs == [[2, 2], [2, 2], [4, 4]]

@@ -11,20 +11,20 @@ from fewstep.samplers import InputError
 from fewstep.samplers.tokens import (
     CachePlan,
     CallableDenoiser,
+    Choice,
     DenoiserSpec,
     Fixed,
     PolicyError,
     Proposal,
     Quota,
     Recipe,
-    Remask,
     RefreshAll,
+    Remask,
     TokenCache,
     TokenGuidance,
     Unmask,
     decode,
 )
-from fewstep.samplers.tokens.slots import Choice
 
 SAMPLED = Proposal(temperature=0.7, top_k=10, top_p=0.9)
 RECIPE = Recipe(blocks=Fixed(length=4), unmask=Quota(tokens=2), propose=SAMPLED)
@@ -43,7 +43,7 @@ class BlockPrefix(TokenCache):
 
 
 class Delayed(TokenCache):
-    """Positions committed before the last step keep keys and values, computed once since; anew every ``every`` steps."""
+    """Positions committed before the last step keep keys and values, computed once since; all anew in turn."""
 
     type: Literal["test-delayed"] = "test-delayed"
     every: int
