@@ -31,6 +31,7 @@ from .optimisers import optimiser_class
 from .options import STEPS, DistillOptions
 from .roles import refuse_no_checkpointing
 from .run_log import make_accelerator
+from .shift import process_of_call
 from .sources import Batches
 from .team import Team, make_cast, team_of
 
@@ -93,12 +94,14 @@ def prepare(method: Method, options: DistillOptions, bar: Meter) -> Course:
     bar.doing("loading")
     pipe = load_pipeline(options.pipe, dtype=options.dtype, device=str(accelerator.device), download=options.download)
     network: nn.Module = next(iter(denoisers(pipe).values()))
-    process = Process.from_scheduler(pipe.scheduler)
     teacher = Plan.load(options.teacher) if options.teacher else reference_plan(options.pipe, TEACHER_STEPS)
     arguments = pipeline_arguments(pipe, options.call_kwargs)
     guided = guiding(pipe, network, method, teacher, arguments)
-    plans = student_plans(method, options, process, guided.inside)
     conditions = shown_conditions(options, pipe, images)
+    encoder = Encoder(pipe, {**arguments, **guided.told}, options.cache / "conditions")
+    steps = {} if teacher.nominal_steps is None else {"num_inference_steps": teacher.nominal_steps}
+    process = process_of_call(pipe, encoder.arguments([encoder.something]) | steps)
+    plans = student_plans(method, options, process, guided.inside)
     cast = make_cast(network, method, lora, options.seed, options.use_ema)
     if options.gradient_checkpointing:
         refuse_no_checkpointing(cast.network)
@@ -108,7 +111,6 @@ def prepare(method: Method, options: DistillOptions, bar: Meter) -> Course:
         check_run(chosen, identity_of(method, options, accelerator, identity), options.max_train_steps)
     with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(pipe, teacher):
         pass  # refuses a plan that cannot run on this pipeline
-    encoder = Encoder(pipe, {**arguments, **guided.told}, options.cache / "conditions")
     refuse_unseen_guidance(encoder.layout, guided, method)
     values = conditions.values if images is None else ()
     source = make_source(images, values, options, encoder, teacher, accelerator, _told(bar))

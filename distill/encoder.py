@@ -67,9 +67,14 @@ class Encoder:
             InputError: as `encode`.
         """
         if self._layout is None:
-            some: dict[Kind, Value] = {"labels": 0, "prompts": "", "none": None}
-            self._layout = encode(self.pipe, self.arguments([some[self.kind]])).layout
+            self._layout = encode(self.pipe, self.arguments([self.something])).layout
         return self._layout
+
+    @property
+    def something(self) -> Value:
+        """A value that the pipeline takes."""
+        some: dict[Kind, Value] = {"labels": 0, "prompts": "", "none": None}
+        return some[self.kind]
 
     def arguments(self, values: Sequence[Value]) -> dict[str, Any]:
         """Arguments of the pipeline's call that ask for these values, one sample each.

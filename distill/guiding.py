@@ -71,16 +71,22 @@ def guiding(pipe: Any, network: nn.Module, method: Method, teacher: Plan, call_k
 
 
 def refuse_unseen_guidance(layout: Layout, guided: Guiding, method: Method) -> None:
-    """Refuses guidance scales of a method for a pipeline that shows no unconditional branch.
+    """Refuses a method that learns guidance, or scales of it, for a pipeline that shows no unconditional branch.
 
     Raises:
         InputError: naming the pipeline.
     """
-    own = set(getattr(method, SCALE, ()))
-    if own - {1.0} and guided.inside is None and "uncond" not in layout.branches:
+    if "uncond" in layout.branches:
+        return
+    mend = "give --call_kwargs negative_prompt=... where the pipeline needs one"
+    if method.learns_guidance:
         raise InputError(
-            f"{layout.pipeline} has no unconditional branch, so it is not guided; leave --guidance_scale out, or give "
-            "--call_kwargs negative_prompt=... where the pipeline needs one"
+            f"{layout.pipeline} does not guide by an unconditional branch, so {method.type} has nothing to learn; "
+            f"take another method, or {mend}"
+        )
+    if guided.inside is None and set(getattr(method, SCALE, ())) - {1.0}:
+        raise InputError(
+            f"{layout.pipeline} does not guide by an unconditional branch; leave --guidance_scale out, or {mend}"
         )
 
 

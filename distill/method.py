@@ -155,6 +155,11 @@ class Method(BaseModel, ABC):
         return "data"
 
     @property
+    def learns_guidance(self) -> bool:
+        """Whether there is nothing to learn from a pipeline that does not guide by two branches."""
+        return False
+
+    @property
     def least_updates(self) -> int:
         """Updates of the student before which it is not what `plan` says."""
         return 0

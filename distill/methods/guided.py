@@ -44,6 +44,11 @@ class Guided(Telling):
             )
         return self
 
+    @property
+    def learns_guidance(self) -> bool:
+        """Always."""
+        return True
+
     def kinds(self, student: Kind, network: nn.Module) -> Mapping[str, Kind]:
         """Student and teacher."""
         self.refuse_adapter(student)

@@ -30,6 +30,11 @@ class Embedding(Method):
         """Not where it is told the scale: then the pipeline's ``guidance_scale`` says it, at one evaluation a step."""
         return not self.embed_guidance
 
+    @property
+    def learns_guidance(self) -> bool:
+        """Where the student is told the scale."""
+        return self.embed_guidance
+
     def fitted(self, network: nn.Module) -> nn.Module:
         """With an input for the guidance scale where the student is told it."""
         return with_guidance_embedding(network) if self.embed_guidance else network
