@@ -177,7 +177,7 @@ class WholeRows(Denoiser):
 
 
 class CallableDenoiser(WholeRows):
-    """Any function from tokens to logits.
+    """Any function from tokens to logits, such as a model whose own code attends to everything (LLaDA, Dream).
 
     Args:
         function: from ids (R, n) int64 to logits (R, n, V); rows are without padding and of one length. It is called

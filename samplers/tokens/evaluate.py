@@ -18,6 +18,21 @@ MAIN = ""
 """Name of the branch that policies decide by."""
 
 
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One of the evaluations of a step.
+
+    Attributes:
+        name: of the branch.
+        tokens: (B, L) int64, the canvas as it sees it.
+        cond: its conditioning tensors, of all rows.
+    """
+
+    name: str
+    tokens: Tensor
+    cond: Mapping[str, Tensor]
+
+
 @dataclass
 class Evaluator:
     """Runs a denoiser for a decoding and counts.
@@ -52,20 +67,16 @@ class Evaluator:
         known = _predicted_by(state, query) & wanted & asked[:, None]
         reused = state.known & (state.alive & ~asked)[:, None]
         self._check(state, reused)
-        branches = {MAIN: (state.x, state.cond)}
+        branches = {MAIN: Branch(MAIN, state.x, state.cond)}
         for processor in state.recipe.logits:
-            branches |= {
-                name: (processor.branch_tokens(state, name), processor.branch_cond(state, name))
-                for name in processor.branches
-            }
-        kept = reused[state.at]
+            for name in processor.branches:
+                tokens, cond = processor.branch_tokens(state, name), processor.branch_cond(state, name)
+                branches[name] = Branch(name, tokens, cond)
         old = {MAIN: state.raw, **state.branches}
-        raw = {
-            name: self._merge(state, old[name][kept] if kept.any() else None, known, reused, self._branch(
-                state, plan, query, known, name, tokens, cond
-            ))
-            for name, (tokens, cond) in branches.items()
-        }  # fmt: skip
+        raw = {name: self._outputs(state, plan, query, known, branch) for name, branch in branches.items()}
+        if bool(reused.any()):
+            kept = reused[state.at]
+            raw = {name: _merge(known, new, reused, old[name][kept]) for name, new in raw.items()}
         state.known = known | reused
         rows, columns = state.known.nonzero(as_tuple=True)
         state.at, state.raw = (rows, columns), raw.pop(MAIN)
@@ -80,22 +91,13 @@ class Evaluator:
         if bool((reused & state.changed.any(1, keepdim=True)).any()):
             raise PolicyError(f"the {cache.type} cache reuses logits of a row that has changed; query the row")
 
-    def _branch(
-        self,
-        state: DecodeState,
-        plan: CachePlan,
-        query: Tensor,
-        known: Tensor,
-        name: str,
-        tokens: Tensor,
-        cond: Mapping[str, Tensor],
-    ) -> Tensor:
+    def _outputs(self, state: DecodeState, plan: CachePlan, query: Tensor, known: Tensor, branch: Branch) -> Tensor:
         """(N, V) outputs for the positions ``known``, row by row."""
         sources = state.sources(known)
         number = sources.flatten().long().cumsum(0).view_as(known.long()) - 1
         outputs, places = [], []
         for rows in _groups(query.sum(1)):
-            packed = self._pack(state, plan, query, sources, rows, tokens, cond, name)
+            packed = self._pack(state, plan, query, sources, rows, branch)
             outputs.append(self.denoiser.forward(packed))
             asked = packed.wanted.nonzero(as_tuple=True)
             places.append(number[packed.rows[asked[0]], packed.columns[asked]])
@@ -111,15 +113,7 @@ class Evaluator:
         return logits[number[at[:, 0], before]]
 
     def _pack(
-        self,
-        state: DecodeState,
-        plan: CachePlan,
-        query: Tensor,
-        sources: Tensor,
-        rows: Tensor,
-        tokens: Tensor,
-        cond: Mapping[str, Tensor],
-        name: str,
+        self, state: DecodeState, plan: CachePlan, query: Tensor, sources: Tensor, rows: Tensor, branch: Branch
     ) -> Query:
         """One forward pass over ``rows``, with each row's queries first and filling behind."""
         length = query.shape[1]
@@ -127,7 +121,7 @@ class Evaluator:
         columns = torch.where(query[rows], state.columns, length).sort(dim=1).values[:, : int(counts.max())]
         filling = columns == length
         inside = columns.clamp(max=length - 1)
-        store = self._store(state, name)
+        store = self._store(state, branch.name)
         keys = torch.arange(length, device=columns.device).expand(len(rows), -1) if store is not None else inside
         available = (state.stored | query)[rows] if store is not None else ~filling
         attend = self._attend(state, plan, rows, inside, keys, available)
@@ -136,7 +130,7 @@ class Evaluator:
             store.aim(rows, columns, plan.probe)
         time = state.recipe.unmask.time(state)[rows] if state.spec.time_conditioned else None
         return Query(
-            tokens=tokens[rows].gather(1, inside).masked_fill(filling, state.spec.mask_id),
+            tokens=branch.tokens[rows].gather(1, inside).masked_fill(filling, state.spec.mask_id),
             columns=columns,
             positions=state.positions[rows].gather(1, inside),
             counts=counts,
@@ -145,7 +139,7 @@ class Evaluator:
             rows=rows,
             store=store,
             time=time,
-            cond={key: value[rows] for key, value in cond.items()},
+            cond={key: value[rows] for key, value in branch.cond.items()},
         )
 
     def _attend(
@@ -170,14 +164,6 @@ class Evaluator:
             batch, length = state.x.shape
             self._stores[name] = PositionCache(batch, length, state.x.device)
         return self._stores[name]
-
-    def _merge(self, state: DecodeState, old: Tensor | None, known: Tensor, reused: Tensor, new: Tensor) -> Tensor:
-        """Logits of the positions ``known`` and ``reused``, row by row."""
-        if old is None:
-            return new
-        number = torch.arange(known.numel(), device=known.device).view_as(known)
-        order = torch.cat([number[reused], number[known]]).argsort()
-        return torch.cat([old, new.to(old.dtype)])[order]
 
     def _judge(self, state: DecodeState, plan: CachePlan, query: Tensor, wanted: Tensor) -> None:
         """Which keys and values are now those of a full evaluation, and whether all logits are.
@@ -208,6 +194,13 @@ class Evaluator:
         if state.recipe.cache.keeps == "kv":
             state.drift = torch.where(query & state.stored, self._stores[MAIN].drift[:, :-1], 0.0)
             state.stored = state.stored | query
+
+
+def _merge(known: Tensor, new: Tensor, reused: Tensor, old: Tensor) -> Tensor:
+    """Logits of the positions ``known`` and ``reused``, row by row."""
+    number = torch.arange(known.numel(), device=known.device).view_as(known)
+    order = torch.cat([number[known], number[reused]]).argsort()
+    return torch.cat([new.to(old.dtype), old])[order]
 
 
 def least(blocks: Tensor, positions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
             return state.candidates & (state.columns % 2 == state.block_step[:, None] % 2)
 
 Import the file in ``tokens/__init__.py``; a recipe can then name it, `decode` runs it, and it is saved with the recipe.
+A line in ``CASES`` of ``tests/tokens/token_cases.py`` puts it through the tests that hold for all policies.
 
 What holds for every policy:
 

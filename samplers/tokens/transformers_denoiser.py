@@ -19,7 +19,8 @@ class TransformersDenoiser(Denoiser):
     """A transformers model whose forward takes a mask of four dimensions and position ids.
 
     The mask is always handed over: without one, or with one of two dimensions, a decoder is causal and says nothing.
-    Eager attention adds the mask to its scores, so it gets 0 and the lowest number instead of True and False.
+    Eager attention adds the mask to its scores, so it gets 0 and the lowest number instead of True and False. A mask
+    that is handed over also takes the place of a model's attention in windows, so a canvas has to fit into one.
 
     Args:
         model: in evaluation mode; its forward takes ``input_ids``, ``attention_mask`` and ``position_ids``.
@@ -42,7 +43,8 @@ class TransformersDenoiser(Denoiser):
                     f"{name} takes no argument {argument!r}; write a Denoiser of your own, or wrap a function with "
                     "CallableDenoiser"
                 )
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
+        config = getattr(model, "config", None)
+        attention = getattr(config, "_attn_implementation", "sdpa")
         if attention not in _MASKS:
             raise InputError(
                 f"{name} runs {attention} attention, which takes no mask of four dimensions; load it with "
@@ -57,6 +59,7 @@ class TransformersDenoiser(Denoiser):
         self._takes_keep = "logits_to_keep" in taken
         self._takes_use_cache = "use_cache" in taken
         self._time_argument = time_argument
+        self._window: int | None = getattr(config, "sliding_window", None)
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +68,12 @@ class TransformersDenoiser(Denoiser):
 
     def forward(self, query: Query) -> Tensor:
         """Logits at the wanted entries."""
+        keys = query.attend.shape[2]
+        if self._window is not None and keys > self._window:
+            raise InputError(
+                f"{type(self.model).__name__} attends in windows of {self._window} positions, and the canvas has "
+                f"{keys}; decode at most {self._window} positions, prompt and answer together"
+            )
         arguments: dict[str, Any] = dict(query.cond)
         if query.time is not None:
             arguments[self._time_argument] = query.time.to(next(self.model.parameters()).dtype)

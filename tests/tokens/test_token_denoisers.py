@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from diffusers import UVit2DModel
 from oracles import SPEC
 from token_models import BLOCK_CAUSAL, MASK, PROMPTS, llama_denoiser, recorded, tiny_llama
@@ -13,6 +14,7 @@ from fewstep.samplers.tokens import (
     Fixed,
     Quota,
     Recipe,
+    RefreshAll,
     TokenGuidance,
     TransformersDenoiser,
     UViTDenoiser,
@@ -56,6 +58,55 @@ def test_logits_are_those_of_each_row_by_itself(implementation, shift, spec):
 
     decode(denoiser, PROMPTS, 8, TWO, watch=compare)
     assert sorted(seen) == sorted([*range(7), *range(7)])
+
+
+SIZES = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {"num_key_value_heads": 2}
+FAMILIES = {
+    "Qwen3": ("ForCausalLM", GROUPED | {"head_dim": 8}),
+    "Gemma2": ("ForCausalLM", GROUPED | {"head_dim": 8}),
+    "Phi3": ("ForCausalLM", GROUPED | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "GPTNeoX": ("ForCausalLM", {"bos_token_id": 1, "eos_token_id": 2}),
+    "Bert": ("ForMaskedLM", {}),
+    "ModernBert": (
+        "ForMaskedLM",
+        {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_and_encoders_of_many_families(family):
+    """Each row as the model has it by itself, in full attention; and all through the store where there is one."""
+    head, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **fields, initializer_range=0.3)
+    model = getattr(transformers, family + head)(config).eval()
+    denoiser = TransformersDenoiser(model, DenoiserSpec(mask_id=MASK, vocab_size=24))
+    prompts = [[1, 2, 3, 4], [5], [6, 7]]
+    plain, steps = recorded(decode, denoiser, prompts, 4, TWO)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([[*prompt, *[MASK] * 4]])
+        whole = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+        if model.config._attn_implementation == "eager":
+            whole = torch.zeros(whole.shape)
+        with torch.no_grad():
+            logits = model(input_ids=ids, **({"attention_mask": whole} if head == "ForCausalLM" else {})).logits
+        torch.testing.assert_close(steps[0][1][steps[0][2] == row], logits[0, -4:], atol=2e-5, rtol=1e-4)
+    assert denoiser.keeps_kv == (head == "ForCausalLM")
+    if denoiser.keeps_kv:
+        stored, stored_steps = recorded(decode, denoiser, prompts, 4, TWO.replace(cache=RefreshAll()))
+        assert torch.equal(stored.tokens, plain.tokens)
+        torch.testing.assert_close(stored_steps[1][1], steps[1][1], atol=2e-5, rtol=1e-4)
+
+
+def test_a_canvas_longer_than_the_window_of_the_attention_is_refused():
+    model = tiny_llama()
+    model.config.sliding_window = 6
+    denoiser = TransformersDenoiser(model, DenoiserSpec(mask_id=MASK, vocab_size=24))
+    decode(denoiser, [[1, 2]], 4, TWO)
+    with pytest.raises(InputError, match="in windows of 6 positions, and the canvas has 7; decode at most 6 positions"):
+        decode(denoiser, [[1, 2]], 5, TWO)
 
 
 def test_a_decoder_without_a_mask_would_be_causal():
