@@ -87,8 +87,9 @@ def deployed_plan(pipe: Any, network: nn.Module, method: Method, plan: Plan) -> 
 
 def call_arguments(plan: Plan, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a pipeline's call that a plan leaves to the caller."""
-    scale = "true_cfg_scale" if isinstance(plan.guidance, GuidanceSchedule) else None
-    decided = {"num_inference_steps": plan.grid, "guidance_scale": plan.guidance, scale: plan.guidance}
+    decided = {"num_inference_steps": plan.grid, "guidance_scale": plan.guidance}
+    if isinstance(plan.guidance, GuidanceSchedule) or getattr(plan.guidance, "scale", 2.0) <= 1:
+        decided["true_cfg_scale"] = plan.guidance
     return {name: value for name, value in call_kwargs.items() if decided.get(name) is None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +64,18 @@ def guiding(pipe: Any, network: nn.Module, method: Method, teacher: Plan, call_k
                 f"{type(network).__name__} is told one guidance scale for all its samples; give --guidance_scale one "
                 f"number instead of {' '.join(f'{scale:g}' for scale in own)}"
             )
+        if TRUE_SCALE in known and scale_of(TRUE_SCALE) > 1:
+            raise InputError(
+                f"{type(pipe).__name__} would guide inside its network and by {TRUE_SCALE} at once; a student learns "
+                f"one of them, so leave {TRUE_SCALE} out"
+            )
         inside = own[0] if own else scale_of(SCALE)
-        return Guiding(scale_of(TRUE_SCALE), inside, {SCALE: inside})
+        return Guiding(1.0, inside, {SCALE: inside})
+    if _guides_at_one(pipe):
+        raise InputError(
+            f"{type(pipe).__name__} guides by cond + scale (cond - uncond), which is guidance at a scale of 1 too; "
+            "fewstep distils pipelines that do not guide at 1"
+        )
     name = TRUE_SCALE if TRUE_SCALE in known else SCALE
     scale = scale_of(name)
     return Guiding(scale, None, {name: scale if scale > 1 else max(scale, *own, 1.0)} if name in known else {})
@@ -88,6 +99,16 @@ def refuse_unseen_guidance(layout: Layout, guided: Guiding, method: Method) -> N
         raise InputError(
             f"{layout.pipeline} does not guide by an unconditional branch; leave --guidance_scale out, or {mend}"
         )
+
+
+def _guides_at_one(pipe: Any) -> bool:
+    """Whether a pipeline evaluates both branches at a scale of 1, by its own word."""
+    asked = copy.copy(pipe)
+    asked.__dict__["_guidance_scale"] = 1.0
+    try:
+        return bool(asked.do_classifier_free_guidance)
+    except AttributeError:  # it has no word for it, or decides by more than the scale
+        return False
 
 
 def _planned(teacher: Plan, name: str, needs: Needs) -> dict[str, float]:

@@ -26,11 +26,13 @@ class ConstantGuidance(Part):
     )
 
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
-        """Sets the scale in the call.
+        """Sets the scale in the call; 1 or less also where a pipeline has another argument for its two branches.
 
         Raises:
             InputError: when the pipeline takes no guidance_scale, or no guidance_rescale where one is asked for.
         """
         run.set_argument("guidance", "guidance_scale", self.scale, known_arguments)
+        if self.scale <= 1 and "true_cfg_scale" in known_arguments:
+            run.set_argument("guidance", "true_cfg_scale", 1.0, known_arguments)
         if self.rescale is not None:
             run.set_argument("guidance", "guidance_rescale", self.rescale, known_arguments)

@@ -22,7 +22,7 @@ from fewstep.distill.team import make_team
 from fewstep.samplers import Plan, attach
 from fewstep.samplers.errors import InputError
 
-FAMILIES = ("stable-diffusion", "sdxl", "sd3", "pixart-sigma", "dit", "flux", "wan")
+FAMILIES = ("stable-diffusion", "sdxl", "sd3", "pixart-sigma", "dit", "flux", "wan", "qwen-image")
 HYPER = {
     "lcm-lora": {"grid_steps": 8},
     "dmd2": {"student_steps": 2, "gan_weight": 0.1, "feature_maps": 1},

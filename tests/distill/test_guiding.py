@@ -52,7 +52,8 @@ def test_networks_that_guide_inside_are_told_one_scale():
     assert found(pipe, call={"guidance_scale": 2.0}).inside == 2.0
     assert found(pipe, teacher=plan(type="constant", scale=5.0)).inside == 5.0
     assert found(pipe, guidance_scale=(6.0,)).told == {"guidance_scale": 6.0}
-    assert found(pipe, call={"true_cfg_scale": 3.0}).scale == 3.0
+    with pytest.raises(InputError, match="FluxPipeline would guide inside its network and by true_cfg_scale at once"):
+        found(pipe, call={"true_cfg_scale": 3.0})
     with pytest.raises(InputError, match="told one guidance scale for all its samples; give --guid"):
         found(pipe, guidance_scale=(1.0, 6.0))
 
@@ -61,6 +62,13 @@ def test_a_true_scale_is_that_of_the_branches():
     pipe = ZOO["qwen-image"].build()
     assert found(pipe).told == {"true_cfg_scale": 4.0}
     assert found(pipe, teacher=plan(**SCHEDULE)).scale == 2.5
+
+
+def test_other_conventions_of_guidance_are_refused():
+    with pytest.raises(
+        InputError, match=r"ZImagePipeline guides by cond \+ scale \(cond - uncond\), which is guidance"
+    ):
+        found(ZOO["z-image"].build())
 
 
 def test_pairs_have_any_guidance_of_their_teacher():
