@@ -189,7 +189,7 @@ class Evaluator:
         self.nfe += query.any(1) * branches
         self.token_forwards += query.sum(1) * branches
         self.kv_bytes = max(self.kv_bytes, sum(store.nbytes for store in self._stores.values()))
-        state.age = torch.where(query, 0, state.age + state.alive[:, None])
+        state.age = torch.where(query, 0, state.age)
         state.seen = torch.where(query, state.x, state.seen)
         if state.recipe.cache.keeps == "kv":
             state.drift = torch.where(query & state.stored, self._stores[MAIN].drift[:, :-1], 0.0)

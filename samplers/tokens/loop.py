@@ -233,6 +233,7 @@ def _commit(state: DecodeState, choice: Choice) -> None:
     if choice.failed is not None:
         state.failed = state.failed | (choice.failed & state.alive)
     state.step = state.step + state.alive.long()
+    state.age = state.age + state.alive[:, None].long()
     state.block_step = state.block_step + state.alive.long()
     state.alive = state.alive & state.masked.any(1) & ~state.failed
 

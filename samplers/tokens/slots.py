@@ -206,7 +206,7 @@ class TokenCache(Policy):
     * dual cache: b, and everything where ``block_step == 0``;
     * prefix cache: everything from ``block_start`` on; the same where ``block_step == 0`` plus what lies before;
     * delayed sets (dKV): everything that was not committed two steps ago, which ``begin`` and ``on_commit`` track;
-    * prompt refreshed every r steps: ``state.age >= r`` of the prompt, beside the block;
+    * prompt refreshed every r steps: the prompt where ``state.age >= r``, beside the block;
     * groups (ReCAP): at a full step everything, then only the union chosen there; other rows are at other stages;
     * prompt by itself first (Dimple): ``visible`` (B, L, L) keeps prompt queries from seeing the answer;
     * block-causal prefix: ``state.sources(state.open) | (state.reach(state.open) & ~state.fresh)``, exact for every

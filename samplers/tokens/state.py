@@ -54,7 +54,7 @@ class DecodeState:
         reveal_conf: float64, its token's probability then; NaN if never.
         stored: bool, positions with keys and values in the store, or evaluated at all without one.
         seen: int64, the token that a position had when it was evaluated last.
-        age: int64, steps of the row since then.
+        age: int64, steps of the row since then: 1 when a cache plans the step after.
         fresh: bool, positions whose keys and values are those that a full evaluation of the canvas would give: nothing
             that they depend on has changed since. A cache that evaluates everything else is exact.
         exact: (B,) bool, whether all logits so far were those of no cache.

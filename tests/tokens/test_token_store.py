@@ -191,6 +191,27 @@ def test_queries_of_a_delayed_cache_by_hand():
     assert [int((drift > 0).sum()) for drift in drifts] == [0, 4, 3, 2]
 
 
+class PromptEvery(TokenCache):
+    """The block in every step, the prompt in every ``steps``-th."""
+
+    type: Literal["test-prompt-every"] = "test-prompt-every"
+    steps: int
+
+    def plan(self, state):
+        return CachePlan(query=state.in_block | (~state.editable & (state.age >= self.steps)))
+
+    def exactness(self, spec):
+        return False
+
+
+@pytest.mark.parametrize(("steps", "sizes"), [(1, [11, 7, 7, 7]), (2, [11, 4, 7, 4]), (3, [11, 4, 4, 7])])
+def test_ages_count_the_steps_since_the_evaluation(steps, sizes):
+    recipe = Recipe(blocks=Fixed(length=4), unmask=Quota(tokens=1), cache=PromptEvery(steps=steps))
+    seen = []
+    decode(llama_denoiser(), [[1, 2, 3]], 8, recipe, watch=lambda state: seen.append(int((state.age == 0).sum())))
+    assert seen[:4] == sizes
+
+
 def test_a_prompt_that_sees_itself_only_is_evaluated_once():
     denoiser = llama_denoiser()
     recipe = Recipe(unmask=Quota(tokens=2), cache=PromptFirst())
