@@ -30,7 +30,6 @@ from .method import Method
 from .optimisers import optimiser_class
 from .options import STEPS, DistillOptions
 from .roles import refuse_no_checkpointing
-from .run_log import make_accelerator
 from .shift import process_of_call
 from .sources import Batches
 from .team import Team, make_cast, team_of
@@ -77,14 +76,19 @@ class Course:
     identity: Mapping[str, Any]
 
 
-def prepare(method: Method, options: DistillOptions, bar: Meter) -> Course:
+def prepare(method: Method, options: DistillOptions, accelerator: Accelerator, bar: Meter) -> Course:
     """Loads, checks and makes everything that a run needs; what can be refused is refused before work begins.
+
+    Args:
+        method: with its hyper-parameters.
+        options: of the run.
+        accelerator: of `make_accelerator`.
+        bar: shows what is encoded or made.
 
     Raises:
         InputError: naming the option and the mend.
     """
     lora = check_options(method, options)
-    accelerator = make_accelerator(options)
     refuse_sharding(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     chosen = Checkpoints(options.output_dir).choose(options.resume_from_checkpoint)

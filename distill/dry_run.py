@@ -49,7 +49,6 @@ def scratch(options: DistillOptions) -> Iterator[DistillOptions]:
         "cache_dir": None,
         "max_train_steps": UPDATES,
         "resume_from_checkpoint": None,
-        "report_to": "none",
     }
     try:
         yield options.model_copy(update=changes)

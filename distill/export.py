@@ -207,6 +207,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """Yields a folder whose entries move into ``folder`` when the block ends well, and vanish when not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for killed in folder.glob(".export-*"):
+            shutil.rmtree(killed, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from accelerate import PartialState
 from rich.console import Console
 
 from ..eval.assets import is_demo, torch_dtype
@@ -21,7 +20,7 @@ from .model_card import Training, write_card
 from .options import DistillOptions
 from .plots import write_plots
 from .progress import together, training_bar
-from .run_log import RunLog
+from .run_log import RunLog, make_accelerator
 from .validation import Judge, Shown, Validation
 
 
@@ -42,24 +41,26 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     """
     check_length(method, options)
     command = without_token(command)
-    shown = console is not None and PartialState().is_main_process
+    options = options.model_copy(update={"report_to": "none"}) if options.dry_run else options
+    accelerator = make_accelerator(options)
+    shown = console is not None and accelerator.is_main_process
     with meter(console or Console(), shown) as bar:
         if options.dry_run:
             with scratch(options) as tried:
-                course = prepare(method, tried, bar)
+                course = prepare(method, tried, accelerator, bar)
                 outcome = train(course, bar)
-                needs = measured_needs(tried.output_dir, course.accelerator.device)
+                needs = measured_needs(tried.output_dir, accelerator.device)
             if shown and console is not None:
                 console.print(table_of(course.team.roles))
                 console.print(in_words(needs, options.max_train_steps), highlight=False, soft_wrap=True)
             return outcome
-        course = prepare(method, options, bar)
+        course = prepare(method, options, accelerator, bar)
         outcome = train(course, bar)
-        if outcome.stopped_by is None and course.accelerator.is_main_process:
+        if outcome.stopped_by is None and accelerator.is_main_process:
             bar.doing("writing the student")
             finish(course, outcome, command)
-        course.accelerator.wait_for_everyone()
-    course.accelerator.end_training()
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
     if shown and console is not None:
         where = options.output_dir if outcome.stopped_by is None else outcome.checkpoint
         console.print(str(where), highlight=False, soft_wrap=True)

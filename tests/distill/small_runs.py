@@ -69,10 +69,10 @@ class Given:
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
-    """Options as a command line; those that are None are left out."""
+    """Options as a command line; those that are None or empty are left out."""
     found = []
     for name, value in options.items():
-        if value is not None:
+        if value is not None and value != ():
             values = value if isinstance(value, tuple) else (value,)
             found += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
     return found
