@@ -76,19 +76,22 @@ class Course:
     identity: Mapping[str, Any]
 
 
-def prepare(method: Method, options: DistillOptions, accelerator: Accelerator, bar: Meter) -> Course:
+def prepare(
+    method: Method, options: DistillOptions, lora: LoraSetting | None, accelerator: Accelerator, bar: Meter
+) -> Course:
     """Loads, checks and makes everything that a run needs; what can be refused is refused before work begins.
 
     Args:
         method: with its hyper-parameters.
         options: of the run.
+        lora: of `check_options`.
         accelerator: of `make_accelerator`.
         bar: shows what is encoded or made.
 
     Raises:
         InputError: naming the option and the mend.
     """
-    lora = check_options(method, options)
+    _check_folder(options)
     refuse_sharding(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     chosen = Checkpoints(options.output_dir).choose(options.resume_from_checkpoint)
@@ -129,7 +132,7 @@ def prepare(method: Method, options: DistillOptions, accelerator: Accelerator, b
 
 
 def check_options(method: Method, options: DistillOptions) -> LoraSetting | None:
-    """Refuses what can be refused before a pipeline is loaded.
+    """Refuses what can be refused before processes, folders and pipelines are looked at.
 
     Returns:
         The student's adapter; None to train all weights.
@@ -145,27 +148,22 @@ def check_options(method: Method, options: DistillOptions) -> LoraSetting | None
         raise InputError("--validation_n needs real images, which only the demos bring; score with fewstep bench")
     refuse_logged_token(options.hub_token, options.report_to)
     optimiser_class(options)
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.output_dir):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {options.output_dir} cannot be written: {error.strerror or error}") from None
-    return lora
-
-
-def check_length(method: Method, options: DistillOptions) -> None:
-    """Refuses a run that is too short for its method.
-
-    Raises:
-        InputError: with the least number of updates.
-    """
     least = method.least_updates
     if options.max_train_steps < least:
         raise InputError(
             f"{method.type} needs --max_train_steps {least} or more with these stages; got {options.max_train_steps}, "
             "so give more, or fewer --stage_steps"
         )
+    return lora
+
+
+def _check_folder(options: DistillOptions) -> None:
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {options.output_dir} cannot be written: {error.strerror or error}") from None
 
 
 def student_plans(

@@ -9,7 +9,7 @@ from ..eval.features import load_feature_net
 from ..eval.progress import Meter, meter
 from ..eval.reference import demo_images
 from ..samplers.files import write_json
-from .course import Course, check_length, prepare
+from .course import Course, check_options, prepare
 from .dry_run import in_words, measured_needs, peak_bytes, scratch, table_of
 from .export import Export, export_student
 from .hub import push_to_hub, without_token
@@ -39,7 +39,7 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     Raises:
         InputError: one line that names what is wrong and the mend.
     """
-    check_length(method, options)
+    lora = check_options(method, options)
     command = without_token(command)
     options = options.model_copy(update={"report_to": "none"}) if options.dry_run else options
     accelerator = make_accelerator(options)
@@ -47,14 +47,14 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     with meter(console or Console(), shown) as bar:
         if options.dry_run:
             with scratch(options) as tried:
-                course = prepare(method, tried, accelerator, bar)
+                course = prepare(method, tried, lora, accelerator, bar)
                 outcome = train(course, bar)
                 needs = measured_needs(tried.output_dir, accelerator.device)
             if shown and console is not None:
                 console.print(table_of(course.team.roles))
                 console.print(in_words(needs, options.max_train_steps), highlight=False, soft_wrap=True)
             return outcome
-        course = prepare(method, options, accelerator, bar)
+        course = prepare(method, options, lora, accelerator, bar)
         outcome = train(course, bar)
         if outcome.stopped_by is None and accelerator.is_main_process:
             bar.doing("writing the student")

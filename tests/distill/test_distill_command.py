@@ -139,6 +139,7 @@ def test_a_signal_is_told_by_the_status(given, tmp_path, capsys, monkeypatch, nu
 def test_the_package_is_a_program(given, tmp_path, capsys, monkeypatch):
     arguments = ["reflow", *given.flags(tmp_path / "out", 1, teacher_samples=3, pipe=str(tmp_path))]
     monkeypatch.setattr(sys, "argv", ["fewstep", *arguments])
+    monkeypatch.delitem(sys.modules, "fewstep.distill.__main__")
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("fewstep.distill", run_name="__main__")
     assert ended.value.code == 2

@@ -344,3 +344,9 @@ def test_default_targets():
     assert any(name.endswith("add_k_proj") for name in default_targets(joint))
     assert not any("norm" in name for name in default_targets(joint))
     assert len(adapted_layers(dit(), LoraSetting(1, 1, ("to_q",)))) == 2
+
+
+def test_an_adapter_cannot_be_called_what_torch_keeps_for_itself():
+    with pytest.raises(InputError, match="torch does not let an adapter be called 'forward'; give"):
+        Roles(tiny_unet().unet, {"forward": Adapter(LoraSetting(2, 2.0))})
+    Roles(tiny_unet().unet, {"forward": FullCopy()})

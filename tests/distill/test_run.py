@@ -7,9 +7,10 @@ import tempfile
 
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from PIL import Image
 from small_runs import assert_same_roles, roles_in
+from test_model_card import sd_with_text
 
 from fewstep.distill import course
 from fewstep.distill.encoder import Encoder
@@ -275,3 +276,44 @@ def test_a_result_can_be_quiet_and_is_returned(given, tmp_path, capsys):
     hyper, data, _ = fed(given, "reflow")
     distill(METHODS["reflow"](**hyper), DistillOptions(**given.options(tmp_path, 1, **data)))
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """Folders of a tiny Stable Diffusion that reads prompts, and of images with captions; a file of prompts."""
+    folder = tmp_path_factory.mktemp("reader")
+    sd_with_text().save_pretrained(folder / "pipe")
+    (folder / "images").mkdir()
+    for number, caption in enumerate(("a shoe", "a")):
+        Image.new("RGB", (16, 16), (80 * number, 9, 9)).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(caption)
+    (folder / "prompts.txt").write_text("a shoe\nshoe\n")
+    return folder
+
+
+WITH_PROMPTS = {
+    "lcm-lora": ({"grid_steps": 8}, {"train_data_dir": "images", "lora_rank": 2}),
+    "swiftbrush": ({"fake_rank": 2}, {"prompts": "prompts.txt"}),
+    "guided": ({}, {"teacher_samples": 3, "prompts": "prompts.txt"}),
+}
+
+
+@pytest.mark.parametrize("name", WITH_PROMPTS)
+def test_a_pipeline_that_reads_prompts(name, given, reader, tmp_path):
+    hyper, data = WITH_PROMPTS[name]
+    data = {key: reader / value if isinstance(value, str) else value for key, value in data.items()}
+    more = {"pipe": str(reader / "pipe"), "class_labels": (), "num_validation_images": 1, "train_batch_size": 2}
+    given.run(name, tmp_path, hyper, 2, **data, **more)
+    assert (tmp_path / "validation" / "step-000002.png").is_file()
+    assert "a shoe" in (tmp_path / "README.md").read_text()
+    pipe = DiffusionPipeline.from_pretrained(reader / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    plan = Plan.load(tmp_path / "plan.json")
+    with attach(pipe, plan) as fast:
+        pipe("a shoe", generator=torch.Generator().manual_seed(0), output_type="np")
+    assert fast.warnings == ()
+    assert fast.stats.nfe == plan.tuned_for.steps
+    words = "StableDiffusionPipeline needs prompts; give a text file with one prompt a line as --prompts FILE"
+    if "prompts" in data:
+        with pytest.raises(InputError, match=words):
+            given.run(name, tmp_path / "other", hyper, 2, **data | {"prompts": None}, **more)
