@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
+from ..distill import METHODS
 from ..eval.assets import demo_names
 from ..eval.features import FEATURE_NETS
 from ..samplers import Plan
@@ -29,6 +30,7 @@ def works_table() -> str:
     rows += [
         ("Solvers", f"{len(scheduler_names())} schedulers of diffusers", "by class name, through `from_config`"),
         ("Explicit grids", schedulers, "any list of timesteps, fractional ones too"),
+        ("Distillation", ", ".join(f"`{name}`" for name in METHODS.names()), "`fewstep distill METHOD`"),
         ("Feature nets", ", ".join(f"`{name}`" for name in _feature_nets()), "by local path; the first ships"),
         ("Demos", ", ".join(f"`{name}`" for name in demo_names()), "trained teachers that ship"),
         ("Commands", ", ".join(f"`fewstep {name}`" for name in cli.COMMANDS), "`--help` tells"),

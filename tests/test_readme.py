@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import call_arguments, tiny_unet
+import torch
+from tiny import call_arguments, tiny_dit, tiny_unet
 
+from fewstep.distill import METHODS, Batch, LoraSetting, Moment
+from fewstep.distill.encode import encode
+from fewstep.distill.team import make_team
 from fewstep.eval.assets import demo_names
-from fewstep.samplers import CACHES, ModuleRows, Plan, attach
+from fewstep.samplers import CACHES, ModuleRows, Plan, Process, attach
 from fewstep.samplers.correction import CORRECTIONS
 from fewstep.samplers.grid import GRIDS
 from fewstep.scripts import cli, tables
@@ -70,13 +74,18 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
             few = {"steps": 2, "n": 4, "trials": 2, "confirm": 1, "fresh_n": 4}
             words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
             words += ["--objective", "relative_error", "--teacher", "my-five.json"]
+        if words[0] == "distill":
+            few = {"teacher_samples": 4, "train_batch_size": 2, "max_train_steps": 2, "num_validation_images": 0}
+            words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
+            words += ["--teacher", "my-five.json"]
         assert cli.main(words) == 0, command
+    assert (tmp_path / "student.png").is_file()
     assert (tmp_path / "grid.png").is_file()
     assert list(tmp_path.glob("out-*/report.html"))
 
 
 def test_the_methods_that_the_guide_adds_run(monkeypatch):
-    for registry in (GRIDS, CORRECTIONS, CACHES):
+    for registry in (GRIDS, CORRECTIONS, CACHES, METHODS):
         monkeypatch.setattr(registry, "_table", dict(registry._table))
     names = {}
     for example in blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
@@ -94,6 +103,24 @@ def test_the_methods_that_the_guide_adds_run(monkeypatch):
     with attach(pipe, Plan(grid=grid, caches=[{"type": "lazy-middle"}])) as handle:
         pipe(**call_arguments(pipe))
     assert handle.stats.modules == {"unet.mid_block": ModuleRows(calls=2, run=4, skipped=2)}
+    distilled(METHODS["one-guess"](low=0.9))
+
+
+def distilled(method):
+    """Asks a method of the guide for its roles, its losses and its plan."""
+    pipe = tiny_dit()
+    process = Process.from_scheduler(pipe.scheduler)
+    condition = encode(pipe, {"class_labels": [1, 2], "guidance_scale": 2.0})
+    team = make_team(pipe.transformer, process, method, LoraSetting(rank=2, alpha=2.0), guidance=2.0)
+    batch = Batch(torch.arange(2), condition, x0=torch.zeros(2, 4, 4, 4))
+    moment = Moment(step=0, turn=0, stage=0, stage_step=0, updates=("student",), seed=0, positions=range(2))
+    (loss,) = method.losses(batch, team, moment)
+    loss.value.mean().backward()
+    assert all(parameter.grad is not None for parameter in team.trainable("student").values())
+    sampled = tiny_dit()
+    with attach(sampled, method.plan(process, 4)) as handle:
+        sampled(class_labels=[1], output_type="np")
+    assert [step.timestep for step in handle.stats.steps] == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if any(w in NEEDS_THE_USER for w in shlex.split(c))])
