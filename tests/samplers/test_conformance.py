@@ -105,10 +105,14 @@ TAYLOR = {
 
 
 CASES = [
-    Case(LoraWeights(scale=0.5), files=low_rank),
-    Case(StudentWeights(), files=lambda folder: second_network().save_pretrained(folder / "transformer")),
-    Case(DiffusersSolver(scheduler="EulerDiscreteScheduler")),
-    Case(DiffusersSolver(scheduler="EulerAncestralDiscreteScheduler")),
+    Case(LoraWeights(scale=0.5), call=FIVE, files=low_rank),
+    Case(
+        StudentWeights(),
+        call=FIVE,
+        files=lambda folder: second_network().save_pretrained(folder / "transformer"),
+    ),
+    Case(DiffusersSolver(scheduler="EulerDiscreteScheduler"), call=FIVE),
+    Case(DiffusersSolver(scheduler="EulerAncestralDiscreteScheduler"), call=FIVE),
     Case(SpacingGrid(steps=3, spacing="linspace")),
     Case(ExplicitGrid(timesteps=(990, 505.5, 20))),
     Case(RuleGrid(rule="karras", steps=3, options={"rho": 5.0})),
@@ -118,16 +122,16 @@ CASES = [
             table={"0": (1.0, 0.0), "1": (0.0, 2.0)},
         )
     ),
-    Case(AnalyticInit(), lambda: {"start_statistics": StartStatistics(torch.zeros(4, 4, 4), 0.3, 100, "")}),
+    Case(AnalyticInit(), lambda: {"start_statistics": StartStatistics(torch.zeros(4, 4, 4), 0.3, 100, "")}, FIVE),
     Case(ReDi(key_step=2), lambda: {"knowledge_base": knowledge_base()}),
-    Case(ConstantGuidance(scale=2.0)),
-    Case(GuidanceSchedule(scale=3.0, window=(0.0, 0.5))),
-    Case(TimeShift(window=40, cutoff=100)),
-    Case(TimeShift(window=60, criterion="paper", variant="adm"), pipe=tiny_unet),
+    Case(ConstantGuidance(scale=2.0), call=FIVE),
+    Case(GuidanceSchedule(scale=3.0, window=(0.0, 0.5)), call=FIVE),
+    Case(TimeShift(window=40, cutoff=100), call=FIVE),
+    Case(TimeShift(window=60, criterion="paper", variant="adm"), call=FIVE, pipe=tiny_unet),
     Case(Aligner(ratios=(1.01, 0.99, 1.0))),
     Case(Aligner(ratios=(1.01, 0.98, 1.03, 0.95)), pipe=tiny_unet),
-    Case(EpsilonScaling(scale=1.01)),
-    Case(EpsilonScaling(scale=1.01, slope=0.02), pipe=tiny_unet),
+    Case(EpsilonScaling(scale=1.01), call=FIVE),
+    Case(EpsilonScaling(scale=1.01, slope=0.02), call=FIVE, pipe=tiny_unet),
     Case(
         ModelSwitch(networks=("self", "small"), steps=(2,)),
         lambda: {"small": second_network()},
