@@ -1,8 +1,8 @@
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -211,31 +211,18 @@ def test_unseeded_noise_is_a_warning_of_the_shard(tmp_path):
     assert any("depend on the batch size" in warning for warning in shard.warnings)
 
 
-KILLED = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from eval.test_generate import module, make
-module.SHARD_SIZE = 4
-make(Path(sys.argv[1]), 12, batch_size=2, progress=lambda count: print(count, flush=True))
-"""
-
-
 def test_killed_process_leaves_only_whole_shards(tmp_path):
-    tests = str(Path(__file__).parents[1])
-    script = tmp_path / "run.py"
-    script.write_text(KILLED.format(tests=tests))
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": tests},
-    )
+    """SIGKILL after the third batch; the child is forked, so it starts at once."""
+    context = multiprocessing.get_context("fork")
+    counts, sender = context.Pipe(duplex=False)
+    options = {"batch_size": 2, "progress": sender.send}
+    process = context.Process(target=make, args=(tmp_path / "out", 12), kwargs=options)
+    process.start()
+    sender.close()
     for _ in range(3):
-        process.stdout.readline()
+        counts.recv()
     process.kill()
-    process.wait()
+    process.join()
     images = image_set(tmp_path / "out", 12)
     assert 0 < images.missing() < 12
     resumed = pixels(make(tmp_path / "out", 12, batch_size=2))
