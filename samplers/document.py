@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from .errors import InputError, first_problem, unknown_name
 from .files import read_json, write_json
@@ -23,6 +23,13 @@ class Document(BaseModel):
     noun: ClassVar[str]
     field_noun: ClassVar[str] = "part"
     current_version: ClassVar[int] = 1
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the file that the document was loaded from, where the files that it names are."""
+        return self._folder
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same, wherever they were loaded from."""
@@ -77,7 +84,9 @@ class Document(BaseModel):
         Raises:
             InputError: when the file is missing, not JSON, or not a valid document of this kind.
         """
-        return cls.from_json(read_json(Path(path)), str(path))
+        document = cls.from_json(read_json(Path(path)), str(path))
+        document._folder = Path(path).resolve().parent
+        return document
 
     def save(self, path: str | Path) -> None:
         """Writes the document as JSON; the file is complete or absent."""

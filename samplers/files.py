@@ -93,6 +93,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
 
 
+def file_beside(folder: Path | None, who: str, name: str, noun: str) -> Path:
+    """The file called ``name`` beside a document.
+
+    Args:
+        folder: the document's; None when it was not loaded from a file.
+        who: asks, as the user knows it.
+        name: its name within the folder.
+        noun: the kind of document.
+
+    Raises:
+        InputError: when there is no folder, the name leads out of it, or there is no such file.
+    """
+    if folder is None:
+        raise InputError(f"the {who} reads {name!r} beside the {noun}; load the {noun} with {noun.title()}.load(path)")
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise InputError(f"the {who} names {name!r}, outside the {noun}'s folder; put it beside the {noun}")
+    if not path.is_file():
+        raise InputError(f"the {who} names {name!r}, which is not in {folder}; put it there")
+    return path
+
+
 def refuse_pickle(path: Path) -> None:
     """Raises ``InputError`` for a file name that a pickle would have."""
     if path.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin"}:

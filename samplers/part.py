@@ -21,6 +21,7 @@ from .cache_call import CacheHook
 from .call import CallHook
 from .errors import InputError
 from .explicit_base import GridAdapter
+from .files import file_beside
 from .network import Addition
 from .process import Process
 from .registry import Registry
@@ -149,14 +150,7 @@ class Run:
             InputError: when the plan was not loaded from a file, the name leads out of its folder, or there is no
                 such file.
         """
-        if self.folder is None:
-            raise InputError(f"the {part} part reads {name!r} beside the plan; load the plan with Plan.load(path)")
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise InputError(f"the {part} part names {name!r}, outside the plan's folder; put it beside the plan")
-        if not path.is_file():
-            raise InputError(f"the {part} part names {name!r}, which is not in {self.folder}; put it there")
-        return path
+        return file_beside(self.folder, f"{part} part", name, "plan")
 
     def set_argument(self, part: str, name: str, value: Any, known: frozenset[str]) -> None:
         """Sets one argument of the pipeline's call.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from .cache import CACHES
 from .conditioning import CONDITIONINGS
@@ -52,13 +51,6 @@ class Plan(Document):
     tuned_for: TunedFor | None = Field(default=None, description="What it was made on.")
     evidence: tuple[Evidence, ...] = Field(default=(), description="What was measured.")
 
-    _folder: Path | None = PrivateAttr(default=None)
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the file that the plan was loaded from, where the files that it names are."""
-        return self._folder
-
     def file_digests(self) -> dict[str, str]:
         """sha256 of the files that the parts read, by name; those that are not there (handed over instead) left out."""
         if self.folder is None:
@@ -88,14 +80,3 @@ class Plan(Document):
     def nominal_steps(self) -> int | None:
         """Number of grid points, or None when the plan leaves the grid to the pipeline."""
         return getattr(self.grid, "nominal_steps", None)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Reads a plan from a JSON file.
-
-        Raises:
-            InputError: when the file is missing, not JSON, or not a valid plan.
-        """
-        plan = super().load(path)
-        plan._folder = Path(path).resolve().parent
-        return plan

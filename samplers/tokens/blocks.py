@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -22,6 +23,26 @@ def masked_span(masks: Tensor) -> tuple[Tensor, Tensor]:
     return starts, torch.where(masks, columns + 1, 0).amax(1)
 
 
+def offsets(state: DecodeState) -> Tensor:
+    """(B, L) int64, columns counted from the row's first position to be generated; negative before it."""
+    first, _ = masked_span(state.editable)
+    return state.columns - first[:, None]
+
+
+def starts(numbers: Tensor) -> Tensor:
+    """(B, L) bool, the first column of each run of equal numbers."""
+    fresh = torch.ones_like(numbers, dtype=torch.bool)
+    fresh[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return fresh
+
+
+def first_with_masks(state: DecodeState, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """What is to be generated, of the first block with masks: its first column (B,) and the column after the last."""
+    start, _ = masked_span(state.masked)
+    index = start.clamp(max=numbers.shape[1] - 1)[:, None]
+    return masked_span((numbers == numbers.gather(1, index)) & state.editable & state.present)
+
+
 @BLOCKS.register("whole")
 class Whole(BlockSchedule):
     """All masks at once, wherever they are."""
@@ -37,13 +58,34 @@ class Whole(BlockSchedule):
         return torch.ones_like(state.first)
 
 
+class Numbered(BlockSchedule):
+    """Blocks that are known from the start: the columns with one number.
+
+    The next block is the first with masks, so that what a remask policy opened again comes before what is to the right
+    of it.
+    """
+
+    @abstractmethod
+    def numbers(self, state: DecodeState) -> Tensor:
+        """(B, L) int64, the block of each column; does not decrease along a row."""
+
+    def next(self, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """The first block that has masks."""
+        return first_with_masks(state, self.numbers(state))
+
+    def count(self, state: DecodeState) -> Tensor:
+        """Blocks with positions to be generated."""
+        block = starts(self.numbers(state)).long().cumsum(1) - 1
+        held = torch.zeros_like(block).scatter_add(1, block, state.editable.long())
+        return (held > 0).sum(1)
+
+
 @BLOCKS.register("fixed")
-class Fixed(BlockSchedule):
+class Fixed(Numbered):
     """Blocks of equal length from left to right (semi-autoregressive: LLaDA, arXiv:2502.09992, and Fast-dLLM).
 
     They are counted from the row's first position to be generated, or are those of a block-causal denoiser's
-    attention; the first and the last may then be shorter. The next block is the first with masks, so that what a
-    remask policy opened again comes before what is to the right of it.
+    attention; the first and the last may then be shorter.
     """
 
     type: Literal["fixed"] = "fixed"
@@ -58,25 +100,8 @@ class Fixed(BlockSchedule):
                 "the denoiser has full attention and no blocks of its own; give the fixed schedule a length"
             )
 
-    def next(self, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """The first block that has masks."""
-        numbers = self._numbers(state)
-        start, _ = masked_span(state.masked)
-        index = start.clamp(max=numbers.shape[1] - 1)[:, None]
-        same = (numbers == numbers.gather(1, index)) & state.editable & state.present
-        return masked_span(same)
-
-    def count(self, state: DecodeState) -> Tensor:
-        """Blocks with positions to be generated."""
-        numbers = self._numbers(state)
-        fresh = torch.ones_like(state.editable)
-        fresh[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-        block = fresh.long().cumsum(1) - 1
-        held = torch.zeros_like(block).scatter_add(1, block, state.editable.long())
-        return (held > 0).sum(1)
-
-    def _numbers(self, state: DecodeState) -> Tensor:
+    def numbers(self, state: DecodeState) -> Tensor:
+        """By length, or the attention's."""
         if self.length is None:
             return state.model_blocks
-        first, _ = masked_span(state.editable)
-        return (state.columns - first[:, None]).div(self.length, rounding_mode="floor")
+        return offsets(state).div(self.length, rounding_mode="floor")

@@ -71,12 +71,12 @@ def decode(
             raise PolicyError(
                 f"policies {recipe.unmask.type} and {recipe.remask.type} go on after {limit} steps; raise their limit"
             )
-        _enter_blocks(state)
+        enter_blocks(state)
         _evaluate(state, evaluator)
         if watch is not None:
             watch(state)
-        choice = _choose(state) if follow is None else _followed(state, follow)
-        _commit(state, choice)
+        choice = choose(state) if follow is None else _followed(state, follow)
+        commit(state, choice)
     return _result(state, evaluator)
 
 
@@ -111,14 +111,17 @@ def _rows_of(tensors: Mapping[str, Tensor] | None, batch: int) -> Mapping[str, T
     return tensors or {}
 
 
-def _enter_blocks(state: DecodeState) -> None:
-    """Moves rows whose block is full to their next one."""
-    moving = state.alive & ~state.open.any(1)
-    if not bool(moving.any()):
+def enter_blocks(state: DecodeState) -> None:
+    """Moves rows whose block is full to their next one, and all rows where blocks slide."""
+    moving, sliding = state.alive & ~state.open.any(1), state.recipe.blocks.slides
+    if not (sliding or bool(moving.any())):
         return
     start, end = state.recipe.blocks.next(state)
-    state.block_start = torch.where(moving, start, state.block_start)
-    state.block_end = torch.where(moving, end, state.block_end)
+    taking = state.alive & ~state.held if sliding else moving
+    state.block_start = torch.where(taking, start, state.block_start)
+    state.block_end = torch.where(taking, end, state.block_end)
+    if sliding:
+        moving = moving & (state.block_index < 0)
     state.block_index = state.block_index + moving.long()
     state.block_step = torch.where(moving, 0, state.block_step)
     state.block_masks = torch.where(moving, state.open.sum(1), state.block_masks)
@@ -129,27 +132,38 @@ def _enter_blocks(state: DecodeState) -> None:
 def _evaluate(state: DecodeState, evaluator: Evaluator) -> None:
     """Logits, and the tokens that they propose."""
     recipe = state.recipe
-    wanted = state.open
+    evaluator.run(state, recipe.cache.plan(state), wanted_by(state))
+    propose(state)
+
+
+def wanted_by(state: DecodeState) -> Tensor:
+    """(B, L) bool, the positions whose logits somebody reads."""
+    recipe, wanted = state.recipe, state.open
     for policy in recipe.policies:
         asked = policy.wants(state)
         if asked is not None:
             wanted = wanted | (asked & state.present & state.alive[:, None])
-    evaluator.run(state, recipe.cache.plan(state), wanted)
-    logits = state.raw
+    return wanted
+
+
+def propose(state: DecodeState) -> None:
+    """From ``state.raw`` at the known positions to processed logits and proposed tokens."""
+    recipe, logits = state.recipe, state.raw
     for processor in recipe.logits:
         logits = processor.process(state, logits)
     if state.spec.mask_id < logits.shape[1]:
         logits = logits.index_fill(1, torch.tensor([state.spec.mask_id], device=logits.device), -torch.inf)
+    logits = recipe.constraint.restrict(state, logits)
     check_logits(logits)
     state.remember(logits)
     state.x0 = state.x.clone()
     state.x0[state.at] = recipe.propose.propose(state)
-    stuck = state.alive & ~state.candidates.any(1)
+    stuck = state.alive & ~state.held & ~state.candidates.any(1)
     if bool(stuck.any()):
         raise PolicyError(f"the {recipe.cache.type} cache evaluates no open position of row {int(stuck.nonzero()[0])}")
 
 
-def _choose(state: DecodeState) -> Choice:
+def choose(state: DecodeState) -> Choice:
     """What the policies commit."""
     recipe = state.recipe
     select = recipe.unmask.select(state) & state.candidates
@@ -169,7 +183,7 @@ def _choose(state: DecodeState) -> Choice:
     choice = recipe.scorer.accept(state, choice)
     given_up = [part for part in (failed, choice.failed) if part is not None]
     choice = Choice(choice.select & state.masked & state.known, choice.tokens, sum_of(given_up))
-    stalled = state.alive & ~choice.select.any(1)
+    stalled = state.alive & ~state.held & ~choice.select.any(1)
     if choice.failed is not None:
         stalled = stalled & ~choice.failed
     if not recipe.unmask.paced and bool(stalled.any()):
@@ -204,7 +218,7 @@ def _check_follow(earlier: Decoded | None, state: DecodeState) -> None:
         raise InputError("the trajectory to follow is of other prompts or another length; decode the same ones")
 
 
-def _commit(state: DecodeState, choice: Choice) -> None:
+def commit(state: DecodeState, choice: Choice) -> None:
     """Writes the choice, asks for rewrites and ends, and closes the step."""
     recipe, before, present = state.recipe, state.x, state.present
     select, tokens = choice.select & state.alive[:, None], choice.tokens
@@ -225,6 +239,7 @@ def _commit(state: DecodeState, choice: Choice) -> None:
     recipe.cache.on_commit(state, select)
     if bool(rewrite.any()):
         recipe.cache.invalidate(state, rewrite)
+    held = recipe.remask.holds(state)
     ends = recipe.exit.ends(state)
     if ends is not None:
         state.end = torch.where(state.alive, torch.minimum(state.end, ends), state.end)
@@ -235,7 +250,10 @@ def _commit(state: DecodeState, choice: Choice) -> None:
     state.step = state.step + state.alive.long()
     state.age = state.age + state.alive[:, None].long()
     state.block_step = state.block_step + state.alive.long()
-    state.alive = state.alive & state.masked.any(1) & ~state.failed
+    if held is not None:
+        block = state.in_block & state.editable & state.present
+        state.held = held & block.any(1) & ~(block & state.masked).any(1)
+    state.alive = state.alive & (state.masked.any(1) | state.held) & ~state.failed
 
 
 def _result(state: DecodeState, evaluator: Evaluator) -> Decoded:
@@ -259,4 +277,6 @@ def _result(state: DecodeState, evaluator: Evaluator) -> Decoded:
         reveal_conf=state.reveal_conf,
         exact=bool(state.exact.all()),
         kv_bytes=evaluator.kv_bytes,
+        scorer_nfe=state.scorer_nfe,
+        scorer_token_forwards=state.scorer_token_forwards,
     )

@@ -42,6 +42,11 @@ class Quota(Unmask):
             raise ValueError("a quota is given by exactly one of steps, steps_per_block and tokens")
         return self
 
+    @property
+    def clocked(self) -> bool:
+        """Steps are planned, tokens are not."""
+        return self.tokens is None
+
     def begin(self, state: DecodeState) -> None:
         """Splits the steps over the blocks.
 
@@ -51,7 +56,7 @@ class Quota(Unmask):
         if self.tokens is not None:
             return
         if self.steps_per_block is not None:
-            state.memory[self.type] = torch.full_like(state.first, self.steps_per_block)
+            state.memory[self] = torch.full_like(state.first, self.steps_per_block)
             return
         steps, blocks = self.steps or 0, state.recipe.blocks.count(state)
         for count in sorted(set(blocks[state.alive].tolist())):
@@ -60,13 +65,13 @@ class Quota(Unmask):
                     f"{steps} steps cannot be shared equally by {count} blocks; take a multiple of {count}, or "
                     "give steps_per_block or tokens"
                 )
-        state.memory[self.type] = steps // blocks.clamp(min=1)
+        state.memory[self] = steps // blocks.clamp(min=1)
 
     def quota(self, state: DecodeState) -> Tensor:
         """(B,) tokens of this step."""
         if self.tokens is not None:
             return torch.full_like(state.first, self.tokens)
-        return even(state.block_masks, state.memory[self.type], state.block_step).clamp(min=1)
+        return even(state.block_masks, state.memory[self], state.block_step).clamp(min=1)
 
     def select(self, state: DecodeState) -> Tensor:
         """The surest."""

@@ -91,8 +91,10 @@ class Recipe(Document):
         return tuple(dict.fromkeys(name for processor in self.logits for name in processor.branches))
 
     def replace(self, **fields: Any) -> Recipe:
-        """This recipe with other fields; checked like a new one."""
-        return Recipe(**({name: getattr(self, name) for name in type(self).model_fields} | fields))
+        """This recipe with other fields; checked like a new one. It reads the files beside this one."""
+        other = Recipe(**({name: getattr(self, name) for name in type(self).model_fields} | fields))
+        other._folder = self.folder
+        return other
 
     def suits(self, denoiser: Denoiser) -> None:
         """Raises `InputError` when a policy cannot work with ``denoiser``."""

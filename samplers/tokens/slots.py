@@ -15,7 +15,7 @@ A line in ``CASES`` of ``tests/tokens/token_cases.py`` puts it through the tests
 What holds for every policy:
 
 * Policies are frozen data: their fields are what a recipe's JSON says. What they keep during a decoding is in
-  ``state.memory[self.type]``, made in ``begin``. They read the state and return what they decide; the loop writes.
+  ``state.memory[self]``, made in ``begin``. They read the state and return what they decide; the loop writes.
 * Everything is by row. Tensors are (B, L) over the canvas or (B,) over rows; a row never looks at another one, and
   what depends on chance comes from ``state.uniform(stream)``, never from torch's global generator.
 * Logits are kept flat, (N, V), for the known positions only; ``state.at`` says where these are and ``state.spread``
@@ -90,7 +90,7 @@ class Policy(Member):
         """Raises `InputError` when this policy cannot work with ``denoiser``."""
 
     def begin(self, state: DecodeState) -> None:
-        """Called once, before the first step: makes ``state.memory[self.type]`` where something is to be kept."""
+        """Called once, before the first step: makes ``state.memory[self]`` where something is to be kept."""
 
     def wants(self, state: DecodeState) -> Tensor | None:
         """(B, L) bool, positions whose logits this policy reads beside the open ones; None for none."""
@@ -100,9 +100,12 @@ class Policy(Member):
 class BlockSchedule(Policy):
     """Which part of the canvas is filled next."""
 
+    slides: ClassVar[bool] = False
+    """True when a row's block moves in every step, and not only when it is full; it counts as one block."""
+
     @abstractmethod
     def next(self, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """The block that each row works on next; only rows whose block has no masks left take it.
+        """The block that each row works on next; only rows whose block has no masks left take it, unless it slides.
 
         A row is done when no masks are left in it, so a block that is returned for a live row has to have masks.
 
@@ -120,6 +123,11 @@ class Unmask(Policy):
 
     paced: ClassVar[bool] = False
     """True for a policy with a clock of its own, which may leave a row as it is in a step (ancestral sampling)."""
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the steps of a block are planned when it begins, so that its masks have to be known then."""
+        return False
 
     @abstractmethod
     def select(self, state: DecodeState) -> Tensor:
@@ -171,6 +179,14 @@ class Remask(Policy):
         Returns:
             The positions to rewrite, and with what: the mask's id, or another token.
         """
+
+    def holds(self, state: DecodeState) -> Tensor | None:
+        """(B,) bool, asked after ``select``: rows that do not leave their block yet if it is full; None for none.
+
+        All of a held block is evaluated again, nothing is committed, and ``select`` is asked. ``state.held`` says which
+        rows were held in this step.
+        """
+        return None
 
     def limit(self, generated: int) -> int:
         """Steps that this policy can add to those of the unmask policy."""
@@ -265,6 +281,14 @@ class LogitsProcessor(Policy):
 
 class Constraint(Policy):
     """Which choices are allowed."""
+
+    def restrict(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """(N, V) from (N, V) at ``state.at``, after the logits processors: minus infinity where a token cannot stand.
+
+        What is proposed, and how sure it is, then rests on what is possible; `filter` sees to choices that are
+        possible one by one and not together. The argument is not changed in place.
+        """
+        return logits
 
     def filter(self, state: DecodeState, choice: Choice) -> Choice:
         """Takes choices back, changes their tokens, chooses others of the candidates, or gives rows up.

@@ -37,6 +37,7 @@ class DecodeState:
         end: (B,) int64, column after the last one that still exists; an exit may move it towards the start.
         answer: column at which generation starts, after the longest prompt.
         alive: (B,) bool, rows that are not done.
+        held: (B,) bool, rows whose block is full, but which a remask policy does not let go yet.
         failed: (B,) bool, rows given up by a constraint or a scorer.
         step: (B,) int64, iterations that the row has completed.
         block_start: (B,) int64, first column of the row's active block.
@@ -63,7 +64,10 @@ class DecodeState:
         seeds: of the rows.
         cond: conditioning tensors of all rows, by name.
         uncond: those without condition, by name.
-        memory: what policies keep between steps, each under its ``type``.
+        memory: what policies keep between steps, each under itself as key: policies are frozen, so that two of one type
+            with other fields keep apart what is theirs.
+        scorer_nfe: (B,) int64, forward passes of a second model so far.
+        scorer_token_forwards: (B,) int64, positions evaluated in them.
         resources: what the user handed over by name, such as a second model.
     """
 
@@ -76,7 +80,7 @@ class DecodeState:
     cond: Mapping[str, Tensor] = field(default_factory=dict)
     uncond: Mapping[str, Tensor] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         length = self.x.shape[1]
@@ -84,8 +88,9 @@ class DecodeState:
         self.editable = (self.x == self.spec.mask_id) & (self.columns >= self.first[:, None])
         self.end = self._rows(length)
         self.alive = self.editable.any(1)
-        self.failed = torch.zeros_like(self.alive)
+        self.failed, self.held = torch.zeros_like(self.alive), torch.zeros_like(self.alive)
         self.step, self.block_step, self.block_masks = self._rows(0), self._rows(0), self._rows(0)
+        self.scorer_nfe, self.scorer_token_forwards = self._rows(0), self._rows(0)
         self.block_start, self.block_end, self.block_index = self._rows(0), self._rows(0), self._rows(-1)
         self.known, self.stored, self.changed, self.fresh = (torch.zeros_like(self.editable) for _ in range(4))
         self.exact = torch.ones_like(self.alive)
@@ -121,13 +126,14 @@ class DecodeState:
 
     @property
     def open(self) -> Tensor:
-        """Bool, masks of the active blocks of live rows."""
-        return self.masked & self.in_block & self.alive[:, None]
+        """Bool, what has to become known: masks of the active blocks of live rows; all of a block that is held."""
+        due = self.masked | (self.editable & self.present & self.held[:, None])
+        return due & self.in_block & self.alive[:, None]
 
     @property
     def candidates(self) -> Tensor:
-        """Bool, what an unmask policy may choose from: open positions whose logits are known."""
-        return self.open & self.known
+        """Bool, what an unmask policy may choose from: masks of the active blocks whose logits are known."""
+        return self.open & self.masked & self.known
 
     @property
     def stale(self) -> Tensor:
