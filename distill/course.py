@@ -30,6 +30,7 @@ from .method import Method
 from .optimisers import optimiser_class
 from .options import STEPS, DistillOptions
 from .roles import refuse_no_checkpointing
+from .run_log import make_accelerator
 from .shift import process_of_call
 from .sources import Batches
 from .team import Team, make_cast, team_of
@@ -76,21 +77,20 @@ class Course:
     identity: Mapping[str, Any]
 
 
-def prepare(
-    method: Method, options: DistillOptions, lora: LoraSetting | None, accelerator: Accelerator, bar: Meter
-) -> Course:
+def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Accelerator | None = None) -> Course:
     """Loads, checks and makes everything that a run needs; what can be refused is refused before work begins.
 
     Args:
         method: with its hyper-parameters.
         options: of the run.
-        lora: of `check_options`.
-        accelerator: of `make_accelerator`.
         bar: shows what is encoded or made.
+        accelerator: of `make_accelerator`; None to make it.
 
     Raises:
         InputError: naming the option and the mend.
     """
+    lora = options.lora(method.lora_rank)
+    accelerator = accelerator or make_accelerator(options)
     _check_folder(options)
     refuse_sharding(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
@@ -131,11 +131,8 @@ def prepare(
     )  # fmt: skip
 
 
-def check_options(method: Method, options: DistillOptions) -> LoraSetting | None:
+def check_options(method: Method, options: DistillOptions) -> None:
     """Refuses what can be refused before processes, folders and pipelines are looked at.
-
-    Returns:
-        The student's adapter; None to train all weights.
 
     Raises:
         InputError: naming the option and the mend.
@@ -154,7 +151,6 @@ def check_options(method: Method, options: DistillOptions) -> LoraSetting | None
             f"{method.type} needs --max_train_steps {least} or more with these stages; got {options.max_train_steps}, "
             "so give more, or fewer --stage_steps"
         )
-    return lora
 
 
 def _check_folder(options: DistillOptions) -> None:

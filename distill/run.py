@@ -39,7 +39,7 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     Raises:
         InputError: one line that names what is wrong and the mend.
     """
-    lora = check_options(method, options)
+    check_options(method, options)
     command = without_token(command)
     options = options.model_copy(update={"report_to": "none"}) if options.dry_run else options
     accelerator = make_accelerator(options)
@@ -47,14 +47,14 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
     with meter(console or Console(), shown) as bar:
         if options.dry_run:
             with scratch(options) as tried:
-                course = prepare(method, tried, lora, accelerator, bar)
+                course = prepare(method, tried, bar, accelerator)
                 outcome = train(course, bar)
                 needs = measured_needs(tried.output_dir, accelerator.device)
             if shown and console is not None:
                 console.print(table_of(course.team.roles))
                 console.print(in_words(needs, options.max_train_steps), highlight=False, soft_wrap=True)
             return outcome
-        course = prepare(method, options, lora, accelerator, bar)
+        course = prepare(method, options, bar, accelerator)
         outcome = train(course, bar)
         if outcome.stopped_by is None and accelerator.is_main_process:
             bar.doing("writing the student")

@@ -27,10 +27,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from fewstep.distill.course import prepare
 from fewstep.distill.loop import Loop
 from fewstep.distill.method import METHODS
 from fewstep.distill.options import DistillOptions
-from fewstep.distill.run import prepare
 from fewstep.eval.progress import meter
 from fewstep.samplers.files import write_json
 
