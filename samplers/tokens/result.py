@@ -26,6 +26,8 @@ class Decoded:
         exact: whether the tokens are those of this recipe with no cache: every logit that was read was there, and came
             from keys and values that a full evaluation would have given. Found out in each step, not taken on trust.
         kv_bytes: most bytes of keys and values that were kept at once.
+        scorer_nfe: (B,) int64, forward passes of a scorer's own model, which ``nfe`` leaves out; None without one.
+        scorer_token_forwards: (B,) int64, positions evaluated in them; None without a scorer.
     """
 
     tokens: Tensor
@@ -41,6 +43,8 @@ class Decoded:
     reveal_conf: Tensor
     exact: bool
     kv_bytes: int = 0
+    scorer_nfe: Tensor | None = None
+    scorer_token_forwards: Tensor | None = None
 
     @property
     def answers(self) -> Tensor:
