@@ -137,6 +137,10 @@ class Unmask(Policy):
         """(B,) how many positions ``select`` takes, for a policy that knows; the loop holds it to that."""
         return None
 
+    def ahead(self, state: DecodeState) -> Tensor | None:
+        """(B, L) bool, what ``select`` will take, asked before the evaluation; None where that depends on logits."""
+        return None
+
     def limit(self, generated: int) -> int:
         """Most steps that a row of ``generated`` masks can need; the loop stops a decoding that runs on."""
         return generated
