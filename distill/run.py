@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from rich.console import Console
 
 from ..eval.assets import is_demo, torch_dtype
@@ -13,7 +16,8 @@ from .course import Course, check_options, prepare
 from .dry_run import in_words, measured_needs, peak_bytes, scratch, table_of
 from .export import Export, export_student
 from .hub import push_to_hub, without_token
-from .loop import Loop, Outcome, Watch, no_watch
+from .idle import idle_parts, placed
+from .loop import Loop, Outcome
 from .materials import data_in_words
 from .method import Method
 from .model_card import Training, write_card
@@ -21,6 +25,7 @@ from .options import DistillOptions
 from .plots import write_plots
 from .progress import together, training_bar
 from .run_log import RunLog, make_accelerator
+from .sources import ImageBatches
 from .validation import Judge, Shown, Validation
 
 
@@ -73,11 +78,19 @@ def train(course: Course, bar: Meter) -> Outcome:
     Raises:
         InputError: as `Loop.run`.
     """
-    validation = _validation(course)
-    watch = together(training_bar(bar, course.options.max_train_steps), validation)
-    return Loop(
-        course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity
-    ).run()
+    validation, host, device = _validation(course), torch.device("cpu"), course.accelerator.device
+    idle = idle_parts(course.pipe, encodes=isinstance(course.source, ImageBatches))
+
+    def validated(step: int) -> Mapping[str, float]:
+        if validation is None or not validation.due(step):
+            return {}
+        with placed(idle, device, host):
+            return validation(step)
+
+    watch = together(training_bar(bar, course.options.max_train_steps), validated)
+    loop = Loop(course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity)
+    with placed(idle, host, device):
+        return loop.run()
 
 
 def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
@@ -133,11 +146,11 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
     return exports
 
 
-def _validation(course: Course) -> Watch:
-    """The validation of a run; one that does nothing where no images are wanted."""
+def _validation(course: Course) -> Validation | None:
+    """The validation of a run; None where no images are wanted."""
     options = course.options
     if not options.num_validation_images:
-        return no_watch
+        return None
     judge = None
     if is_demo(options.pipe):
         net = load_feature_net("fashion-features", None, device=str(course.accelerator.device))

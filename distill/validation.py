@@ -121,6 +121,10 @@ class Validation:
         self._reference: Tensor | None = None
         self._reference_features: Tensor | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether it is time to validate after so many updates."""
+        return step % self.every == 0 or step == self.last
+
     def __call__(self, step: int) -> dict[str, float]:
         """Validates if it is time to.
 
@@ -131,7 +135,7 @@ class Validation:
             Numbers of the main process, ``validation/METRIC/STEPS``, and their standard errors,
             ``validation/METRIC_se/STEPS``; nothing when it is not the time.
         """
-        if step % self.every and step != self.last:
+        if not self.due(step):
             return {}
         values: dict[str, float] = {}
         if self.accelerator.is_main_process:
