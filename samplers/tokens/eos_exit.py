@@ -31,14 +31,19 @@ class EosExit(Exit):
     def suits(self, denoiser: Denoiser) -> None:
         """There has to be such a token."""
         if not denoiser.spec.eos_ids:
-            raise InputError("the eos exit needs an end-of-sequence token; give eos_ids in the denoiser's spec")
+            raise InputError(
+                f"the {self.type} exit needs an end-of-sequence token; give eos_ids in the denoiser's spec"
+            )
 
     def ends(self, state: DecodeState) -> Tensor:
         """After the first committed end."""
-        eos = torch.isin(state.x, torch.tensor(state.spec.eos_ids, device=state.x.device))
-        first, _ = masked_span(eos & state.editable & state.present)
+        first, _ = masked_span(self.found(state) & state.editable & state.present)
         end = (first + 1).clamp(max=state.x.shape[1])
         if self.drop:
             return end
         mask, _ = masked_span(state.masked)
-        return torch.where(first < mask, end, state.end)
+        return torch.where(first <= mask, end, state.end)
+
+    def found(self, state: DecodeState) -> Tensor:
+        """(B, L) bool, where there is an end."""
+        return torch.isin(state.x, torch.tensor(state.spec.eos_ids, device=state.x.device))

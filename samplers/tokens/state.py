@@ -131,6 +131,17 @@ class DecodeState:
         return due & self.in_block & self.alive[:, None]
 
     @property
+    def ahead(self) -> Tensor:
+        """Bool, masks that the denoiser can predict in this step, in the active block or past it."""
+        return self.masked & self.reach(self.open)
+
+    @property
+    def progress(self) -> Tensor:
+        """(B,) float64 in [0, 1], the share of what is to be generated that is committed."""
+        total = (self.editable & self.present).sum(1)
+        return 1 - self.masked.sum(1).double() / total.clamp(min=1)
+
+    @property
     def candidates(self) -> Tensor:
         """Bool, what an unmask policy may choose from: masks of the active blocks whose logits are known."""
         return self.open & self.masked & self.known

@@ -59,7 +59,8 @@ def test_every_policy_keeps_to_the_rules(denoiser, label):
     assert ((decoded.reveal_step >= 0) == (decoded.reveal_conf >= 0)).all()
     alive = generated & (torch.arange(decoded.tokens.shape[1]) < decoded.ends[:, None])
     assert torch.equal(decoded.reveal_step >= 0, alive) or label.startswith("exit")
-    assert (decoded.reveal_step.amax(1) + 1 == decoded.steps).all()
+    last = decoded.reveal_step.amax(1) + 1
+    assert (last == decoded.steps).all() or (label.startswith("remask") and (last <= decoded.steps).all())
     for step, candidates in enumerate(shown):
         assert candidates[decoded.reveal_step == step].all()
     assert (decoded.nfe <= decoded.steps * (1 + len(recipe.branches))).all()

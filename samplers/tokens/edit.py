@@ -1,0 +1,61 @@
+"""Tokens that are replaced when the denoiser has come to think otherwise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..errors import InputError
+from .none import NoConstraint
+from .recipe import Recipe
+from .slots import REMASKS, Choice, Remask
+from .state import DecodeState
+
+
+@REMASKS.register("edit")
+class Edit(Remask):
+    """Replaces committed tokens of the block by others that are more probable than the threshold (LLaDA2.1).
+
+    When the block is full it goes on for as many steps as there are edits, at most ``post_steps``. The defaults are
+    those of diffusers' ``LLaDA2Pipeline``, whose loop takes one step more than it says.
+    """
+
+    type: Literal["edit"] = "edit"
+    threshold: float = Field(default=0.5, gt=0, le=1, description="Probability that another token has to exceed.")
+    post_steps: int = Field(default=16, ge=0, description="Most steps of a block after its last mask.")
+
+    def check(self, recipe: Recipe) -> None:
+        """Nothing would hold a replacement to a constraint."""
+        if not isinstance(recipe.constraint, NoConstraint):
+            raise InputError(
+                f"the edit policy replaces tokens that the {recipe.constraint.type} constraint has allowed; use one of "
+                "the two"
+            )
+
+    def begin(self, state: DecodeState) -> None:
+        """No step without masks, and no edit so far."""
+        state.memory[self.type] = (torch.zeros_like(state.first), torch.zeros_like(state.alive))
+
+    def wants(self, state: DecodeState) -> Tensor:
+        """The whole block."""
+        return state.in_block & state.editable & state.present
+
+    def select(self, state: DecodeState, committed: Tensor) -> Choice:
+        """What has another proposal that is probable."""
+        mine = self.wants(state) & state.known & ~committed & (state.x != state.spec.mask_id)
+        edits = mine & (state.x0 != state.x) & (state.confidence("prob") > self.threshold)
+        posts, _ = state.memory[self.type]
+        state.memory[self.type] = (torch.where(state.held, posts + 1, 0), edits.any(1))
+        return Choice(edits, state.x0)
+
+    def holds(self, state: DecodeState) -> Tensor:
+        """While there are edits and steps."""
+        posts, edited = state.memory[self.type]
+        return (posts < self.post_steps) & (edited | ~state.held)
+
+    def limit(self, generated: int) -> int:
+        """The steps of as many blocks as there can be."""
+        return self.post_steps * generated
