@@ -65,12 +65,11 @@ class Refresh(TokenCache):
             query = query | (rest & (state.block_step == 0)[:, None])
         if self.drift_limit is None:
             return CachePlan(query=state.reach(state.open) & query)
-        compared = query
+        reach = state.reach(state.open)
         for part in (prompt, rest):
-            compared = compared | self._sample(state, part & ~query)
-        compared = compared & state.reach(state.open)
-        state.memory[self] = compared & (prompt | rest) & state.stored & ~state.stale
-        return CachePlan(query=compared, probe=True)
+            query = query | self._sample(state, part & reach & ~query)
+        state.memory[self] = query & reach & (prompt | rest) & state.stored & ~state.stale
+        return CachePlan(query=query & reach, probe=True)
 
     def _due(self, state: DecodeState, part: Tensor, every: int | None) -> Tensor:
         """(B, L) bool, what of ``part`` is old, or all of it in rows where it has drifted."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from .interval_cache import IntervalCache
+from .interval_cache import IntervalCache, needed
 from .slots import CACHES, CachePlan
 from .state import DecodeState
 
@@ -34,4 +35,5 @@ class SubBlockCache(IntervalCache):
         start = state.block_start.clamp(max=state.x.shape[1] - 1)[:, None]
         inside = blocks >= blocks.gather(1, start)
         evaluated = self.full(state)[:, None] | self.between(state)
-        return CachePlan(query=state.reach(state.open) & ((inside & evaluated) | (~inside & ~state.fresh)))
+        query = torch.where(inside, evaluated, ~state.fresh) | needed(state)
+        return CachePlan(query=state.reach(state.open) & query)
