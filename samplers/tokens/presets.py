@@ -17,8 +17,10 @@ from .first_hitting import FirstHitting
 from .guidance import TokenGuidance
 from .local_leap import LocalLeap
 from .maskgit import MaskGIT
+from .nested_blocks import Nested
 from .output_cache import OutputCache
 from .prefix_cache import PrefixCache
+from .prompt_prefill import PromptPrefill
 from .prophet import Prophet
 from .proposal import Proposal
 from .quota import Quota
@@ -34,9 +36,9 @@ RECIPES.register("fast-dllm")(Recipe(name="fast-dllm", blocks=Fixed(length=32), 
 _FAST = RECIPES["fast-dllm"]
 RECIPES.register("fast-dllm-prefix")(_FAST.replace(name="fast-dllm-prefix", cache=PrefixCache()))
 RECIPES.register("fast-dllm-dual")(_FAST.replace(name="fast-dllm-dual", cache=DualCache()))
-_SMALL = _FAST.replace(blocks=Fixed(length=8))
-RECIPES.register("fast-dllm-v2")(_SMALL.replace(name="fast-dllm-v2", cache=BlockPrefix()))
-RECIPES.register("fast-dllm-v2-sub-block")(_SMALL.replace(name="fast-dllm-v2-sub-block", cache=SubBlockCache()))
+_NESTED = _FAST.replace(blocks=Nested(length=None, inner=8))
+RECIPES.register("fast-dllm-v2")(_NESTED.replace(name="fast-dllm-v2", cache=BlockPrefix()))
+RECIPES.register("fast-dllm-v2-sub-block")(_NESTED.replace(name="fast-dllm-v2-sub-block", cache=SubBlockCache()))
 RECIPES.register("dkv")(Recipe(name="dkv", blocks=Fixed(length=64), unmask=Quota(tokens=1), cache=DkvCache()))
 RECIPES.register("dllm-cache")(Recipe(name="dllm-cache", unmask=Quota(tokens=1), cache=SimilarityCache()))
 
@@ -51,6 +53,7 @@ RECIPES.register("remdm-rescale")(_REMDM.replace(name="remdm-rescale", remask=Re
 RECIPES.register("remdm-conf")(_REMDM.replace(name="remdm-conf", remask=ReMDM(rule="conf")))
 RECIPES.register("remdm-loop")(_REMDM.replace(name="remdm-loop", remask=ReMDM(rule="loop")))
 RECIPES.register("dimple")(Recipe(name="dimple", unmask=Dimple(), propose=Proposal(temperature=0.2, top_p=0.95)))
+RECIPES.register("dimple-prefill")(RECIPES["dimple"].replace(name="dimple-prefill", cache=PromptPrefill()))
 RECIPES.register("local-leap")(_FAST.replace(name="local-leap", unmask=LocalLeap()))
 RECIPES.register("entropy-bound")(_FAST.replace(name="entropy-bound", unmask=EntropyBound()))
 RECIPES.register("prophet")(_FAST.replace(name="prophet", unmask=Quota(tokens=1), exit=Prophet()))

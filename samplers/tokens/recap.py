@@ -49,7 +49,8 @@ class Recap(TokenCache):
     def _full(self, state: DecodeState) -> Tensor:
         """(B,) bool, rows at a full step, also where a group has ended early."""
         since = state.block_step - self.plain_steps
-        empty = ~(state.memory[self] & state.open).any(1)
+        group: Tensor = state.memory[self]
+        empty = ~(group & state.open).any(1)
         return (state.block_step == 0) | (since < 0) | (since % (1 + self.local_steps) == 0) | empty
 
     def plan(self, state: DecodeState) -> CachePlan:

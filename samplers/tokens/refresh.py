@@ -76,7 +76,8 @@ class Refresh(TokenCache):
         due = torch.zeros_like(part) if every is None else part & (state.age >= every)
         if self.drift_limit is None:
             return due
-        drifted = (part & state.memory[self] & (state.drift > self.drift_limit)).any(1, keepdim=True)
+        compared: Tensor = state.memory[self]
+        drifted = (part & compared & (state.drift > self.drift_limit)).any(1, keepdim=True)
         return due | (part & drifted)
 
     def _sample(self, state: DecodeState, part: Tensor) -> Tensor:

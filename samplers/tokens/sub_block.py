@@ -16,7 +16,7 @@ from .state import DecodeState
 class SubBlockCache(IntervalCache):
     """Finished blocks stay, and within a block all but the active sub-block (Fast-dLLM v2, arXiv:2509.26328).
 
-    Sub-blocks are those of the block schedule, such as ``fixed`` of length 8; blocks are those of the denoiser's
+    Sub-blocks are those of the block schedule, such as ``nested``; blocks are those of the denoiser's
     attention. A step evaluates the whole block while the first position of the sub-block is masked, as upstream does,
     and else the sub-block alone. Finished blocks are exact; the rest of the block, which may have seen masks where
     there are tokens now, is not. With full attention everything is one block.

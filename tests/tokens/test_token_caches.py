@@ -17,6 +17,8 @@ from fewstep.samplers.tokens import (
     DualCache,
     Fixed,
     FreeCache,
+    MaskGIT,
+    Nested,
     Order,
     PrefixCache,
     PromptPrefill,
@@ -127,6 +129,7 @@ COSTS = [
     (DualCache(), {"unmask": Threshold(threshold=0)}, {}, [11, 11]),
     (SubBlockCache(), {"blocks": Fixed(length=2)}, ANSWER, [7, 2, 4, 2, 8, 2, 4, 2]),
     (SubBlockCache(), {"blocks": Fixed(length=2)}, {}, [11, 2] * 4),
+    (SubBlockCache(), {"blocks": Nested(length=None, inner=3)}, ANSWER, [7, 3, 3, 4, 8, 3, 3, 4]),
     (DkvCache(refresh=3), {}, {}, [11, 11, 7, 11, 11, 11, 3, 11]),
     (DkvCache(refresh=None), {}, {}, [11, 11, 7, 6, 11, 11, 3, 2]),
     (DkvCache(refresh=3, keep_prompt=True), {}, {}, [11, 8, 7, 8, 8, 8, 3, 8]),
@@ -140,6 +143,12 @@ COSTS = [
     (Recap(plain_steps=2), {"blocks": Fixed(length=8)}, {}, [11, 11, 11, 2, 11, 2, 11, 2]),
     (Recap(plain_steps=0, local_steps=2), {"blocks": Fixed(length=8)}, {}, [11, 3, 3, 11, 3, 3, 11, 2]),
     (Recap(plain_steps=1), {}, {}, [11, 11, 2, 11, 11, 11, 2, 11]),
+    (
+        Recap(plain_steps=0),
+        {"blocks": Fixed(length=8), "unmask": MaskGIT(steps=4, schedule="linear")},
+        {},
+        [11, 4, 11, 4],
+    ),
     (
         SimilarityCache(prompt_refresh=4, answer_refresh=3, share=0.5),
         {"blocks": Fixed(length=8)},
@@ -344,8 +353,9 @@ def test_groups_of_no_local_steps_need_no_quota():
 @pytest.mark.parametrize(("name", "cache", "blocks"), [
     ("fast-dllm-prefix", PrefixCache(), Fixed(length=32)),
     ("fast-dllm-dual", DualCache(), Fixed(length=32)),
-    ("fast-dllm-v2", BlockPrefix(), Fixed(length=8)),
-    ("fast-dllm-v2-sub-block", SubBlockCache(), Fixed(length=8)),
+    ("fast-dllm-v2", BlockPrefix(), Nested(length=None, inner=8)),
+    ("fast-dllm-v2-sub-block", SubBlockCache(), Nested(length=None, inner=8)),
+    ("dimple-prefill", PromptPrefill(), Whole()),
     ("dkv", DkvCache(refresh=8), Fixed(length=64)),
     ("dllm-cache", SimilarityCache(prompt_refresh=100, answer_refresh=7, share=0.25), Whole()),
 ])  # fmt: skip
