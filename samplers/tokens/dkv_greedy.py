@@ -38,7 +38,7 @@ class DkvGreedy(IntervalCache):
         if type(recipe.unmask).ahead is Unmask.ahead:
             raise InputError(
                 f"the dkv-greedy cache evaluates what is about to be committed, and the {recipe.unmask.type} policy "
-                "decides that by logits; use the order policy, or the dkv cache"
+                "does not say that in advance; use the order policy, or the dkv cache"
             )
 
     def between(self, state: DecodeState) -> Tensor:

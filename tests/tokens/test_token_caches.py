@@ -336,7 +336,7 @@ def test_probes_take_turns(denoiser):
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"cache": DkvGreedy(), "unmask": Quota(tokens=1)}, "the quota policy decides that by logits; use the order"),
+    ({"cache": DkvGreedy(), "unmask": Quota(tokens=1)}, "the quota policy does not say that in advance; use the"),
     ({"cache": Recap(), "unmask": Threshold()}, "the threshold policy does not know how many it will take; use a"),
     ({"cache": {"type": "refresh", "prompt_refresh": None}}, "the prompt stays frozen; give one of them"),
     ({"cache": {"type": "dual", "refresh": 0}}, "greater than or equal to 1; got 0"),
