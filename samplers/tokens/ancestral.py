@@ -31,10 +31,10 @@ class RateRemask(Remask):
 class Ancestral(Unmask):
     """Each open position with probability (t - s) / t between times t and s of an even grid from 1 to 0.
 
-    The reverse process of masked diffusion with the log-linear schedule (MDLM, arXiv:2406.07524; RADD, 2406.03736, where
-    its Tweedie and Euler rates are both this one). Draw tokens at temperature 1. The grid ends at 0, where all
-    that is left is drawn, instead of at 1e-5 with the likeliest tokens. Each block has a grid of its own. Of the steps
-    that leave a row as it was the output cache saves the evaluation: T (1 - (1 - 1/T)^n) are left on average.
+    The reverse process of masked diffusion with the log-linear schedule (MDLM, arXiv:2406.07524, and RADD, 2406.03736,
+    whose Tweedie and Euler rates are both this one). Draw tokens at temperature 1. The grid ends at 0, where all that
+    is left is drawn, instead of at 1e-5 with the likeliest tokens. Each block has a grid of its own. With the output
+    cache a row of n tokens takes T (1 - (1 - 1/T)^n) evaluations on average.
     """
 
     type: Literal["ancestral"] = "ancestral"

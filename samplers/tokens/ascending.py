@@ -34,7 +34,7 @@ class AscendingBlocks(Numbered):
     def begin(self, state: DecodeState) -> None:
         """Raises `InputError` when there are too few positions for the blocks."""
         sizes = self._sizes(state)[state.alive]
-        if sizes.numel() and int(power_below(sizes).min()) < self.block_num:
+        if self.block_num > 1 and int(power_below(sizes).min()) < self.block_num:
             raise InputError(
                 f"{self.block_num} ascending blocks need at least {2**self.block_num} positions; got "
                 f"{int(sizes.min())}; lower block_num or generate more"

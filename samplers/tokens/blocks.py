@@ -80,15 +80,13 @@ class Numbered(BlockSchedule):
         return (held > 0).sum(1)
 
 
-@BLOCKS.register("fixed")
-class Fixed(Numbered):
-    """Blocks of equal length from left to right (semi-autoregressive: LLaDA, arXiv:2502.09992, and Fast-dLLM).
+class EqualBlocks(Numbered):
+    """Blocks of equal length from left to right.
 
     They are counted from the row's first position to be generated, or are those of a block-causal denoiser's
     attention; the first and the last may then be shorter.
     """
 
-    type: Literal["fixed"] = "fixed"
     length: int | None = Field(
         default=32, ge=1, description="Positions in a block; none: the blocks of the denoiser's attention."
     )
@@ -97,7 +95,7 @@ class Fixed(Numbered):
         """A denoiser with full attention has no blocks."""
         if self.length is None and denoiser.spec.block_length is None:
             raise InputError(
-                "the denoiser has full attention and no blocks of its own; give the fixed schedule a length"
+                f"the denoiser has full attention and no blocks of its own; give the {self.type} schedule a length"
             )
 
     def numbers(self, state: DecodeState) -> Tensor:
@@ -105,3 +103,10 @@ class Fixed(Numbered):
         if self.length is None:
             return state.model_blocks
         return offsets(state).div(self.length, rounding_mode="floor")
+
+
+@BLOCKS.register("fixed")
+class Fixed(EqualBlocks):
+    """Blocks of equal length, one after the other (semi-autoregressive: LLaDA, arXiv:2502.09992, and Fast-dLLM)."""
+
+    type: Literal["fixed"] = "fixed"

@@ -32,7 +32,7 @@ class Credit(LogitsProcessor):
 
     def process(self, state: DecodeState, logits: Tensor) -> Tensor:
         """The logits with their credit."""
-        stored = state.memory[self.type]
+        stored: Tensor = state.memory[self.type]
         if state.spec.mask_id < logits.shape[1]:
             logits = logits.index_fill(1, torch.tensor([state.spec.mask_id], device=logits.device), -torch.inf)
         best, token = logits.softmax(-1).max(-1)

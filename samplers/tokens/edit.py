@@ -53,7 +53,8 @@ class Edit(Remask):
 
     def holds(self, state: DecodeState) -> Tensor:
         """While there are edits and steps."""
-        posts, edited = state.memory[self.type]
+        memory: tuple[Tensor, Tensor] = state.memory[self.type]
+        posts, edited = memory
         return (posts < self.post_steps) & (edited | ~state.held)
 
     def limit(self, generated: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .blocks import masked_span
-from .quota import Quota
+from .quota import EvenQuota
 from .recipe import Recipe
 from .slots import BLOCKS, BlockSchedule
 from .state import DecodeState
@@ -38,7 +38,7 @@ class EntropyEnd(BlockSchedule):
 
     def check(self, recipe: Recipe) -> None:
         """Blocks cannot be counted before they are made."""
-        if isinstance(recipe.unmask, Quota) and recipe.unmask.steps is not None:
+        if isinstance(recipe.unmask, EvenQuota) and recipe.unmask.steps is not None:
             raise InputError(
                 "the entropy-end schedule does not know its number of blocks in advance; give the quota "
                 "steps_per_block or tokens"

@@ -15,17 +15,14 @@ from .slots import EXITS, Exit
 from .state import DecodeState
 
 
-@EXITS.register("eos")
-class EosExit(Exit):
-    """What comes after the first committed end-of-sequence token is not decoded.
+class EndExit(Exit):
+    """What comes after the first end of sequence is not decoded.
 
     ``drop``: those positions cease to exist at once, so that they are neither evaluated nor attended to, which can
     change what is decoded before them (the idea of EoTP in Learn2PD, arXiv:2509.25188, without changing shapes).
-    Otherwise the row goes on as it is until everything before the end is committed: the answer is the one without an
-    exit.
+    Otherwise the row goes on as it is until everything before the end is committed.
     """
 
-    type: Literal["eos"] = "eos"
     drop: bool = Field(default=False, description="Whether positions past the end cease to exist at once.")
 
     def suits(self, denoiser: Denoiser) -> None:
@@ -45,5 +42,15 @@ class EosExit(Exit):
         return torch.where(first <= mask, end, state.end)
 
     def found(self, state: DecodeState) -> Tensor:
-        """(B, L) bool, where there is an end."""
+        """(B, L) bool, where there is an end: committed ones."""
         return torch.isin(state.x, torch.tensor(state.spec.eos_ids, device=state.x.device))
+
+
+@EXITS.register("eos")
+class EosExit(EndExit):
+    """What comes after the first committed end of sequence is not decoded.
+
+    With ``drop`` False the answer is the one without an exit.
+    """
+
+    type: Literal["eos"] = "eos"

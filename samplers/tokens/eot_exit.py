@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .eos_exit import EosExit
+from .eos_exit import EndExit
 from .slots import EXITS
 from .state import DecodeState
 
 
 @EXITS.register("eot")
-class EotExit(EosExit):
+class EotExit(EndExit):
     """What comes after the first foreseen end of sequence is not decoded (EoTP in Learn2PD, arXiv:2509.25188).
 
     An end is foreseen at a mask where one of the end-of-sequence tokens has at least the threshold's probability; it

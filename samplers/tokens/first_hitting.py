@@ -41,7 +41,8 @@ class FirstHitting(Unmask):
 
     def time(self, state: DecodeState) -> Tensor:
         """The time at which the next position is hit; drawn once in each step."""
-        iteration, time = state.memory[self.type]
+        memory: tuple[int, Tensor] = state.memory[self.type]
+        iteration, time = memory
         now = int(state.step.max())
         if now != iteration:
             uniform = 1 - state.uniform("selection")[:, -1]

@@ -113,7 +113,8 @@ class _Oracle(Unmask):
 
     def select(self, state: DecodeState) -> Tensor:
         """The right ones, or else the surest."""
-        right = state.candidates & (state.x0 == state.resources[TRUTH])
+        truth: Tensor = state.resources[TRUTH]
+        right = state.candidates & (state.x0 == truth)
         none = state.alive & ~right.any(1)
         return right | top(state.confidence("prob"), state.candidates, none.long())
 
@@ -189,6 +190,6 @@ def train_filter(data: FilterData, *, steps: int = 40_000, lr: float = 3e-3, see
             logits = network(data.features)[data.counted]
             loss = binary_cross_entropy_with_logits(logits, data.final[data.counted].float())
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
     return network.eval()

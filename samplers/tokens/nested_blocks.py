@@ -8,13 +8,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .blocks import Fixed, first_with_masks, starts
+from .blocks import EqualBlocks, first_with_masks, starts
 from .slots import BLOCKS
 from .state import DecodeState
 
 
 @BLOCKS.register("nested")
-class Nested(Fixed):
+class Nested(EqualBlocks):
     """Blocks that are filled sub-block by sub-block, from left to right (Fast-dLLM v2, arXiv:2509.26328).
 
     Policies see the sub-block as the active block; a cache that works with both asks for ``outer``.

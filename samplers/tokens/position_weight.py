@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .blocks import offsets
-from .quota import Quota
+from .quota import EvenQuota
 from .slots import UNMASKS
 from .state import DecodeState, top
 
@@ -19,7 +19,7 @@ RESOURCE = "token-frequencies"
 
 
 @UNMASKS.register("pc")
-class PositionWeighted(Quota):
+class PositionWeighted(EvenQuota):
     """A quota of the largest exp(-decay i) c, i counted from the start of the answer (PC-Sampler, arXiv:2508.13021).
 
     c is the confidence. With ``calibrated`` it is multiplied by -log q of the proposed token, at most ``clip``, where q

@@ -20,15 +20,13 @@ def even(total: Tensor, steps: Tensor, index: Tensor) -> Tensor:
     return torch.where(index < steps, share, 0)
 
 
-@UNMASKS.register("quota")
-class Quota(Unmask):
-    """The surest k open positions of each row (LLaDA's low-confidence remasking, arXiv:2502.09992, appendix A.3).
+class EvenQuota(Unmask):
+    """A number of positions per step that is fixed, or splits the masks of a block evenly over its steps.
 
-    k is fixed, or splits the masks that the block had at its start evenly over its steps. What a remask policy opened
-    again is committed one by one when the steps are over.
+    The masks are those that the block had at its start. What a remask policy opened again is committed one by one when
+    the steps are over.
     """
 
-    type: Literal["quota"] = "quota"
     steps: int | None = Field(default=None, ge=1, description="Steps of the whole answer, equally many per block.")
     steps_per_block: int | None = Field(default=None, ge=1, description="Steps of each block.")
     tokens: int | None = Field(default=None, ge=1, description="Tokens per step.")
@@ -37,7 +35,7 @@ class Quota(Unmask):
     )
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> Quota:
+    def _one_of_three(self) -> EvenQuota:
         if sum(value is not None for value in (self.steps, self.steps_per_block, self.tokens)) != 1:
             raise ValueError("a quota is given by exactly one of steps, steps_per_block and tokens")
         return self
@@ -72,6 +70,13 @@ class Quota(Unmask):
         if self.tokens is not None:
             return torch.full_like(state.first, self.tokens)
         return even(state.block_masks, state.memory[self], state.block_step).clamp(min=1)
+
+
+@UNMASKS.register("quota")
+class Quota(EvenQuota):
+    """The surest k open positions of each row (LLaDA's low-confidence remasking, arXiv:2502.09992, appendix A.3)."""
+
+    type: Literal["quota"] = "quota"
 
     def select(self, state: DecodeState) -> Tensor:
         """The surest."""

@@ -17,7 +17,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from fewstep.samplers.tokens import CallableDenoiser, DenoiserSpec
+from fewstep.samplers.tokens import CallableDenoiser, DenoiserSpec, Proposal, decode
 
 EOS, WORD, INDEX, MASK = 0, 20, 21, 31
 """Ids: 1 to 19 are items; WORD is what is put in their place, INDEX + i says where; MASK is the last of 32."""
@@ -126,6 +126,17 @@ def latin_squares(order: int) -> Tensor:
     return squares.flatten(1)
 
 
+SAMPLED = Proposal(temperature=1.0)
+
+
+def success(task, recipe, rows, seeds=0):
+    """Share of the rows whose answer is right, and the decoding."""
+    prompts = task.prompts(rows)
+    decoded = decode(task.denoiser(), prompts, task.items, recipe, seeds=seeds)
+    assert torch.equal(decoded.tokens[:, : task.prompt_length], prompts)
+    return task.right(prompts, decoded.answers).double().mean().item(), decoded
+
+
 CERTAIN = (copy, reverse, sort, replace_index)
 """Tasks in which every answer is certain from the start."""
 
@@ -148,3 +159,12 @@ def replace_random_success(items: int, per_step: int) -> float:
     none = (1 - 1 / items) ** now
     one = now / items * (1 - 1 / items) ** (now - 1)
     return one + none * replace_random_success(items - now, per_step)
+
+
+def shuffle_success_of(counts: list[int]) -> float:
+    """The same for steps that commit different numbers of tokens."""
+    chance, left = 1.0, sum(counts)
+    for now in counts:
+        chance *= math.prod((left - i) / left for i in range(now))
+        left -= now
+    return chance

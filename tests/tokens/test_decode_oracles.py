@@ -5,18 +5,9 @@ import math
 import oracles
 import pytest
 import torch
-from oracles import CERTAIN, EOS, MASK, replace_random_success, shuffle_success
+from oracles import CERTAIN, EOS, MASK, SAMPLED, replace_random_success, shuffle_success, success
 
-from fewstep.samplers.tokens import EosExit, Fixed, Proposal, Quota, Recipe, Threshold, decode
-
-SAMPLED = Proposal(temperature=1.0)
-
-
-def success(task, recipe, rows, seeds=0):
-    prompts = task.prompts(rows)
-    decoded = decode(task.denoiser(), prompts, task.items, recipe, seeds=seeds)
-    assert torch.equal(decoded.tokens[:, : task.prompt_length], prompts)
-    return task.right(prompts, decoded.answers).double().mean().item(), decoded
+from fewstep.samplers.tokens import EosExit, Fixed, Quota, Recipe, Threshold, decode
 
 
 def random_quota(tokens):

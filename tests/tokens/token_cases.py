@@ -8,18 +8,22 @@ import tempfile
 import torch
 
 from fewstep.samplers.tokens import (
+    Allowed,
     Ancestral,
     Ascending,
     AscendingBlocks,
     Ban,
     BlockPrefix,
+    CallableCausal,
     Credit,
+    Dfa,
     Dimple,
     DkvCache,
     DkvGreedy,
     DualCache,
     Edit,
     EndSuppression,
+    Energy,
     EntropyBound,
     EntropyEnd,
     EosExit,
@@ -28,6 +32,8 @@ from fewstep.samplers.tokens import (
     FirstHitting,
     Fixed,
     FreeCache,
+    Guider,
+    Json,
     Learned,
     LocalLeap,
     MaskGIT,
@@ -46,6 +52,7 @@ from fewstep.samplers.tokens import (
     ReMDM,
     SimilarityCache,
     Sliding,
+    Speculative,
     StableConfident,
     SubBlockCache,
     Threshold,
@@ -125,17 +132,36 @@ CASES = {
         "eoser": EndSuppression(),
         "credit": Credit(),
     },
-    "constraint": {"none": {"type": "none"}},
-    "scorer": {"none": {"type": "none"}},
+    "constraint": {
+        "none": {"type": "none"},
+        "allowed": Allowed(tokens=((), (1, 2, 3, 4, 9, 7, 5), ())),
+        "dfa": Dfa(pattern=r"[^\n]*"),
+        "json": Json(root="value"),
+    },
+    "scorer": {
+        "none": {"type": "none"},
+        "energy": Energy(start=1.0, end=0.0),
+        "guider": Guider(top_k=8),
+        "speculative": Speculative(),
+    },
 }
 
 
 WITH = {
     "dkv-greedy": {"unmask": Order(tokens=2)},
+    "guider": {"unmask": Order(tokens=3, random=False)},
+    "speculative": {"unmask": Order(tokens=3, random=False)},
     "ascending blocks": {"unmask": Ascending()},
     **{f"remdm {rule}": {"unmask": Ancestral(steps=6)} for rule in ("cap", "rescale", "conf", "loop")},
 }
 """What else a recipe needs for a case, by label."""
+
+
+def resources(spec):
+    """What the cases ask for by name: what tokens spell, and an autoregressive model that looks one token back."""
+    table = torch.randn(spec.vocab_size, spec.vocab_size, generator=torch.Generator().manual_seed(2))
+    spelt = ["", *'{}[]":,01e.-', "true", "fals", "e", "nu", "ll", *"abcdefghijklmnop"][: spec.vocab_size]
+    return {"vocabulary": spelt, "ar": CallableCausal(lambda ids: table[ids], spec.vocab_size, bos_id=0)}
 
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fewstep-recipes-")
