@@ -131,7 +131,7 @@ def assert_exits_0(arguments):
         (["sample", "--out", "grid.jpg"], "--out grid.jpg is not a PNG file"),
         (["plans", "show", "fashion"], "unknown plan 'fashion'"),
         (["plans", "validate", "."], ". is a folder; give a plan file"),
-        ([], "expected"),
+        ([], "a command is missing; give one of {bench,"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
