@@ -53,7 +53,12 @@ def document(results: Path) -> str:
 
 def _methods() -> str:
     rows = [
-        [f"`{name}`", text, NEEDS[METHODS[name]().needs], "yes" if METHODS[name].lora_rank else ""]
+        [
+            f"`{name}`",
+            text,
+            NEEDS[METHODS[name].model_validate({"type": name}).needs],
+            "yes" if METHODS[name].lora_rank else "",
+        ]
         for name, text in method_lines()
     ]
     return markdown.table(["method", "", "data", "adapter"], rows)
@@ -92,7 +97,8 @@ def _students(path: Path) -> Iterator[str]:
 
 def _scores(row: Mapping[str, Any]) -> list[str]:
     metrics = row["metrics"]
-    difference = markdown.number(*row["difference"], sign="+") if "difference" in row else ""
+    value, se = row.get("difference", (None, None))
+    difference = "" if value is None else markdown.number(value, se, sign="+")
     shares = [metrics[name]["value"] for name in ("class_accuracy", "precision", "recall")]
     return [
         markdown.number(metrics["fd"]["value"], metrics["fd"]["se"]),

@@ -91,16 +91,17 @@ def replayed(roles: Any, calls: list[Pass]) -> float:
     return time.perf_counter() - begun
 
 
-def measured(method: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One method's row."""
+    method = METHODS[name].model_validate({"type": name})
     settings = DistillOptions(
         pipe=options.pipe, output_dir=folder, cache_dir=options.work, train_batch_size=options.batch,
         max_train_steps=WARM_UP + UPDATES, num_validation_images=0, encode_batch_size=64,
-        **({} if METHODS[method]().needs == "conditions" else {"teacher_samples": options.samples}),
+        **({} if method.needs == "conditions" else {"teacher_samples": options.samples}),
         teacher=options.teacher,
     )  # fmt: skip
     with meter(Console(), shown=False) as bar:
-        course = prepare(METHODS[method](), settings, bar)
+        course = prepare(method, settings, bar)
     roles = course.team.roles
     seconds: list[float] = []
     passes: list[float] = []
