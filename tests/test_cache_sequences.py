@@ -154,9 +154,10 @@ class Scene:
 
     def change_weight(self):
         """As an adapter does that is loaded, scaled or fused."""
-        count = len(list(getattr(self.pipe, self.family.denoiser).parameters()))
-        index, seed = self.rng.randrange(count), self.rng.randrange(1000)
-        self.changed(partial(_perturb, denoiser=self.family.denoiser, index=index, seed=seed))
+        network = getattr(self.pipe, self.family.denoiser)
+        name = self.rng.choice([name for name, _ in network.named_parameters()])
+        seed = self.rng.randrange(1000)
+        self.changed(partial(_perturb, denoiser=self.family.denoiser, name=name, seed=seed))
 
     def change_scheduler(self):
         name, options = self.rng.choice(SCHEDULERS[self.family.name])
@@ -170,8 +171,8 @@ class Scene:
             self.done.append((operation.__name__, operation()))
 
 
-def _perturb(pipe, denoiser, index, seed):
-    weight = list(getattr(pipe, denoiser).parameters())[index]
+def _perturb(pipe, denoiser, name, seed):
+    weight = getattr(pipe, denoiser).get_parameter(name)
     weight.data = weight + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
 
 
