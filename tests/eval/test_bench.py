@@ -250,7 +250,10 @@ def test_few_images_have_no_frechet_distance_and_say_so(folders, tmp_path, monke
 
 
 def test_without_a_network_rows_are_compared_in_pixels(folders, tmp_path):
-    out = run(folders, tmp_path / "out", net=None, reference_images=None)
+    out = run(folders, tmp_path / "out", net=None, reference_images=None, steps=(1, 2))
+    solvers = ("ddim", "dpmpp-2m", "unipc", "euler")
+    rows = {f"{solver}-{steps}" for solver in solvers for steps in (1, 2)}
+    assert {row["name"] for row in quality(out)} == {"reference-4", *rows}
     assert set(record(out, "ddim-2")["metrics"]) == {"psnr"}
     assert "no feature network was given" in record(out, "ddim-2")["warnings"][0]
 

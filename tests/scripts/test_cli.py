@@ -78,13 +78,13 @@ def test_flags_are_those_that_were_promised():
 
 
 def test_bench_of_a_demo_needs_no_flag_but_its_name(demo, tmp_path, capsys):
-    arguments = ["bench", "--pipe", demo, "--n", "260", "--steps", "1", "2", "--out", str(tmp_path), "--device", "cpu"]
+    arguments = ["bench", "--pipe", demo, "--n", "260", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--timing_repeats", "1"]) == 0
     shown = capsys.readouterr().out
     assert "fd_fashion" in shown
     assert str(tmp_path / "report.html") in shown
     names = {path.stem for path in (tmp_path / "runs").iterdir()}
-    assert names >= {"ddim-3", "ddim-1", "dpmpp-2m-1", "unipc-1", "euler-1", "quick"}
+    assert names >= {"ddim-3", "ddim-2", "dpmpp-2m-2", "unipc-2", "euler-2", "quick"}
     run = json.loads((tmp_path / "runs" / "quick.json").read_text())
     assert run["control"] in names
     assert run["command"].startswith("fewstep bench --pipe demo:toy --n 260")
