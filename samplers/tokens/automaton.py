@@ -266,12 +266,12 @@ class TokenAutomaton:
         Returns:
             (M, V) bool.
         """
-        size = max(1, 2**24 // self._columns.numel())
-        kinds = [
-            (begin[:, :, None] & end[:, self._columns]).any(1)
-            for begin, end in zip(before.split(size), after.split(size), strict=True)
-        ]
-        return torch.cat(kinds)[:, self._kind]
+        rows, states = before.nonzero(as_tuple=True)
+        found = torch.zeros(len(before), self._columns.shape[1], device=before.device)
+        size = max(1, 2**24 // max(self._columns.shape))
+        for row, state in zip(rows.split(size), states.split(size), strict=True):
+            found.index_add_(0, row, after[row].gather(1, self._columns[state]).float())
+        return (found > 0)[:, self._kind]
 
     def shortest(self) -> int | None:
         """Fewest tokens of an answer, without ends; None when no tokens spell one."""

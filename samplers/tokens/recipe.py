@@ -73,6 +73,9 @@ class Recipe(Document):
             for policy in self._members(field):
                 if not isinstance(policy, kind):
                     raise InputError(f"{field} holds a {registry.what}; got {policy!r}")
+        for policy in self.logits:
+            if self.logits.count(policy) > 1:
+                raise InputError(f"the {policy.type} logits processor is there twice with the same settings; keep one")
         for policy in self.policies:
             policy.check(self)
 

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from oracles import EOS, MASK, SPEC
-from token_cases import CASES, recipes
+from token_cases import CASES, recipes, resources
 from token_models import MASK as LLAMA_MASK
 from token_models import PROMPTS, llama_denoiser
 
@@ -50,7 +50,15 @@ def test_every_registered_policy_has_a_case(slot):
 @pytest.mark.parametrize("label", RECIPES)
 def test_every_policy_keeps_to_the_rules(denoiser, label):
     recipe, shown = RECIPES[label], []
-    decoded = decode(denoiser, PROMPTS, LENGTH, recipe, seeds=3, watch=lambda state: shown.append(state.candidates))
+    decoded = decode(
+        denoiser,
+        PROMPTS,
+        LENGTH,
+        recipe,
+        seeds=3,
+        resources=resources(denoiser.spec),
+        watch=lambda state: shown.append(state.candidates),
+    )
     generated = torch.arange(decoded.tokens.shape[1]) >= decoded.answer_start
     for row, prompt in enumerate(PROMPTS):
         assert decoded.tokens[row, decoded.first[row] : decoded.answer_start].tolist() == list(prompt)
@@ -71,22 +79,26 @@ def test_every_policy_keeps_to_the_rules(denoiser, label):
 
 @pytest.mark.parametrize("label", RECIPES)
 def test_a_row_does_not_depend_on_its_batch(denoiser, label):
-    together = decode(denoiser, PROMPTS, LENGTH, RECIPES[label], seeds=[5, 6, 7, 8, 9, 10, 11])
+    options = {"resources": resources(denoiser.spec)}
+    together = decode(denoiser, PROMPTS, LENGTH, RECIPES[label], seeds=[5, 6, 7, 8, 9, 10, 11], **options)
     for row in (1, 5):  # without a prompt every position is as good as the next, to the last bit
-        alone = decode(denoiser, [PROMPTS[row]], LENGTH, RECIPES[label], seeds=[5 + row])
+        alone = decode(denoiser, [PROMPTS[row]], LENGTH, RECIPES[label], seeds=[5 + row], **options)
         assert torch.equal(alone.answers[0], together.answers[row])
         assert torch.equal(alone.reveal_step[0, -LENGTH:], together.reveal_step[row, -LENGTH:])
         for cost in ("nfe", "token_forwards", "new_tokens", "steps"):
             assert getattr(alone, cost)[0] == getattr(together, cost)[row], cost
 
 
-@pytest.mark.parametrize("label", [label for label in RECIPES if RECIPES[label].cache.keeps != "kv"])
+@pytest.mark.parametrize(
+    "label", [label for label in RECIPES if RECIPES[label].cache.keeps != "kv" and "json" not in label]
+)
 def test_a_row_is_the_same_to_the_last_bit_where_the_denoiser_works_row_by_row(label):
     task = oracles.shuffle(4)
     prompts = torch.stack([task.prompts(1)[0], *torch.tensor([[4, 3, 2, 1], [2, 3, 1, 4], [9, 7, 5, 3]])])
-    together = decode(task.denoiser(), prompts, 6, RECIPES[label].replace(logits=()), seeds=[1, 2, 3, 4])
+    recipe, options = RECIPES[label].replace(logits=()), {"resources": resources(oracles.SPEC)}
+    together = decode(task.denoiser(), prompts, 6, recipe, seeds=[1, 2, 3, 4], **options)
     for row in range(4):
-        alone = decode(task.denoiser(), prompts[row : row + 1], 6, RECIPES[label].replace(logits=()), seeds=[row + 1])
+        alone = decode(task.denoiser(), prompts[row : row + 1], 6, recipe, seeds=[row + 1], **options)
         assert torch.equal(alone.tokens[0], together.tokens[row])
         assert torch.equal(alone.reveal_conf[0].nan_to_num(-1), together.reveal_conf[row].nan_to_num(-1))
 
