@@ -18,7 +18,7 @@ def spec(size, **fields):
 def by_position(largest, size=4, **fields):
     """A denoiser that gives token 0 the probability ``largest[i]`` at position i, whatever is visible."""
     probs = torch.tensor([[p] + [(1 - p) / (size - 1)] * (size - 1) for p in largest], dtype=torch.float64)
-    return CallableDenoiser(lambda ids, **_: probs.log().expand(len(ids), -1, -1), spec(size, **fields))
+    return CallableDenoiser(lambda ids: probs.log()[: ids.shape[1]].expand(len(ids), -1, -1), spec(size, **fields))
 
 
 def joint(table):
