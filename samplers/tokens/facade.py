@@ -51,6 +51,7 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         recipe: how to decode, its name, or its data.
         block_length: positions in a block, where the pipeline asks for it.
         mask_token_id: the mask's id, where the pipeline asks for it.
+        eos_token_id: the id that ends an answer, for policies that look at it.
 
     Raises:
         InputError: when the recipe has something that the pipeline owns.
@@ -61,14 +62,20 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     check_eos_finished = staticmethod(BlockRefinementScheduler.check_eos_finished)
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, recipe: Any = "fast-dllm", block_length: int = 32, mask_token_id: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Any = "fast-dllm",
+        block_length: int = 32,
+        mask_token_id: int | None = None,
+        eos_token_id: int | None = None,
+    ) -> None:
         if isinstance(recipe, str):
             recipe = RECIPES[recipe].replace(blocks={"type": "whole"})
-        self.recipe: Recipe = (
-            recipe if isinstance(recipe, Recipe) else Recipe.from_json(recipe, "the scheduler's recipe")
-        )
+        elif not isinstance(recipe, Recipe):
+            recipe = Recipe.from_json(recipe, "the scheduler's recipe")
+        self.recipe: Recipe = recipe
         _check(self.recipe)
-        self.register_to_config(recipe=self.recipe.to_json())
+        self.register_to_config(recipe=self.recipe.to_json(), _use_default_values=[])
         self.num_inference_steps = 1
         self.timesteps: _WhileMasked = _WhileMasked(self, 1, None)
         self._state: DecodeState | None = None
@@ -132,7 +139,9 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if mask_id is None:
             raise InputError("the scheduler needs the mask's id; make it with mask_token_id=...")
         step = self.num_inference_steps - 1 - int(timestep) if picture else int(timestep)
-        state = self._enter(x, DenoiserSpec(mask_id=int(mask_id), vocab_size=logits.shape[-1]), step, generator)
+        ends = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+        spec = DenoiserSpec(mask_id=int(mask_id), vocab_size=logits.shape[-1], eos_ids=ends)
+        state = self._enter(x, spec, step, generator)
         before = state.x
         committed, rewritten, proposed = self._advance(state, logits, last=step + 1 >= self.num_inference_steps)
         if picture:
@@ -153,9 +162,7 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             InputError: always.
         """
-        raise InputError(
-            "a recipe fills in masks from the first step on; use the pipeline's own scheduler to start midway"
-        )
+        raise InputError("a recipe fills in masks from the first step on; to start midway use the pipeline's scheduler")
 
     def _enter(self, x: Tensor, spec: DenoiserSpec, step: int, generator: torch.Generator | None) -> DecodeState:
         """The state of this block or picture, with the tokens that the pipeline kept."""
