@@ -174,7 +174,7 @@ def _smallest(automaton: Automaton) -> Automaton:
     labels, count = automaton.accepts.long(), 0
     while True:
         signs = torch.cat([labels[:, None], labels[automaton.next]], dim=1)
-        kinds, labels = signs.unique(dim=0, return_inverse=True)
+        kinds, labels = torch.unique(signs, dim=0, return_inverse=True)
         if len(kinds) == count:
             break
         count = len(kinds)
@@ -223,7 +223,7 @@ class TokenAutomaton:
         if eos:
             table[:, eos] = torch.where(accepts, over, dead)[:, None]
         self.start, self.accepts, self.next = automaton.start, accepts.to(device), table.to(device)
-        self._columns, self._kind = self.next.unique(dim=1, return_inverse=True)
+        self._columns, self._kind = torch.unique(self.next, dim=1, return_inverse=True)
         self._steps = torch.zeros(len(table), len(table), device=device)
         self._steps.scatter_(1, self._columns, 1.0)
 
@@ -269,7 +269,7 @@ class TokenAutomaton:
         rows, states = before.nonzero(as_tuple=True)
         found = torch.zeros(len(before), self._columns.shape[1], device=before.device)
         size = max(1, 2**24 // max(self._columns.shape))
-        for row, state in zip(rows.split(size), states.split(size), strict=True):
+        for row, state in zip(torch.split(rows, size), torch.split(states, size), strict=True):
             found.index_add_(0, row, after[row].gather(1, self._columns[state]).float())
         return (found > 0)[:, self._kind]
 

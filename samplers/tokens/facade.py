@@ -188,7 +188,8 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return torch.zeros_like(before, dtype=torch.bool), torch.zeros_like(before, dtype=torch.bool), before
         enter_blocks(state)
         state.known = wanted_by(state)
-        state.at = state.known.nonzero(as_tuple=True)
+        rows, columns = state.known.nonzero(as_tuple=True)
+        state.at = rows, columns
         state.raw = logits[state.at].float() if logits.dtype in (torch.float16, torch.bfloat16) else logits[state.at]
         propose(state)
         proposed = state.x0

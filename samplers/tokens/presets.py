@@ -10,14 +10,18 @@ from .dimple import Dimple
 from .dkv_cache import DkvCache
 from .dual_cache import DualCache
 from .edit import Edit
+from .energy import Energy
 from .entropy_bound import EntropyBound
 from .eos_exit import EosExit
 from .eoser import EndSuppression
 from .first_hitting import FirstHitting
+from .free_cache import FreeCache
 from .guidance import TokenGuidance
+from .guider import Guider
 from .local_leap import LocalLeap
 from .maskgit import MaskGIT
 from .nested_blocks import Nested
+from .order import Order
 from .output_cache import OutputCache
 from .prefix_cache import PrefixCache
 from .prompt_prefill import PromptPrefill
@@ -27,6 +31,7 @@ from .quota import Quota
 from .recipe import RECIPES, Recipe
 from .remdm import ReMDM
 from .similarity import SimilarityCache
+from .speculative import Speculative
 from .sub_block import SubBlockCache
 from .threshold import Threshold
 
@@ -62,7 +67,20 @@ RECIPES.register("eoser")(_FAST.replace(name="eoser", unmask=Quota(tokens=2), lo
 RECIPES.register("maskgit")(Recipe(name="maskgit", unmask=MaskGIT(temperature=(4.5, 0.0)), propose=_DRAWN))
 RECIPES.register("amused")(Recipe(name="amused", unmask=MaskGIT(), propose=_DRAWN, logits=TokenGuidance(scale=10.0)))
 RECIPES.register("llada-2.1")(
-    Recipe(name="llada-2.1", blocks=Fixed(length=None), unmask=Threshold(threshold=0.7), remask=Edit(), exit=EosExit())
+    Recipe(
+        name="llada-2.1",
+        blocks=Fixed(length=None),
+        unmask=Threshold(threshold=0.7),
+        remask=Edit(),
+        exit=EosExit(),
+        cache=BlockPrefix(),
+    )
 )
+RECIPES.register("edlm")(RECIPES["mdlm"].replace(name="edlm", scorer=Energy()))
+_LEFT = Recipe(unmask=Order(tokens=32, random=False))
+RECIPES.register("flashdlm")(_LEFT.replace(name="flashdlm", cache=FreeCache(), scorer=Guider(top_k=1)))
+# The length of a draft is ours: what pays depends on how much faster the denoiser is than its target.
+_DRAFT = Recipe(unmask=Order(tokens=16, random=False), propose=_DRAWN)
+RECIPES.register("specdiff")(_DRAFT.replace(name="specdiff", scorer=Speculative()))
 
 __all__ = ["RECIPES"]

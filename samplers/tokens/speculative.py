@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from torch import Tensor
 
 from ..errors import InputError
@@ -30,7 +30,7 @@ class Speculative(Scorer):
     """
 
     type: Literal["speculative"] = "speculative"
-    target: Proposal = Field(
+    target: Annotated[Proposal, WithJsonSchema(Proposal.model_json_schema())] = Field(
         default=Proposal(temperature=1.0), description="How tokens are drawn from the autoregressive model."
     )
 

@@ -204,6 +204,14 @@ def test_energy_weighs_within_its_window_only():
     assert decoded.scorer_nfe.tolist() == [3] * 5  # a share of 2 in 4 lies between 0.4 and 0.6
 
 
+@pytest.mark.parametrize("name", ["edlm", "flashdlm", "specdiff"])
+def test_presets_run_with_a_model_beside_them(name):
+    decoded = decode(llama_denoiser(), PROMPTS, 12, name, resources={"ar": TransformersCausal(tiny_llama(), bos_id=0)})
+    assert not (decoded.answers == MASK).any()
+    assert (decoded.scorer_nfe > 0).all()
+    assert decoded.exact == (name != "flashdlm")
+
+
 def forced(*tokens):
     """A denoiser that drafts these, and nothing else is close."""
     logits = 9.0 * torch.nn.functional.one_hot(torch.tensor(tokens), 3).double()
