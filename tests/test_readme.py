@@ -69,8 +69,8 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
             continue
         if words[0] == "bench":
             pipe = words[words.index("--pipe") + 1] if "--pipe" in words else "demo"
-            words = [*words[: words.index("--n")], "--n", "16", "--timing_repeats", "1", "--steps", "2"]
-            words += ["--batch_size", "16", "--out", f"out-{pipe.replace(':', '-')}"]
+            words = [*words[: words.index("--n")], "--n", "8", "--timing_repeats", "1", "--steps", "2"]
+            words += ["--batch_size", "4", "--out", f"out-{pipe.replace(':', '-')}"]
         if words[:2] == ["search", "--steps"]:
             few = {"steps": 2, "n": 4, "trials": 2, "confirm": 1, "fresh_n": 4}
             words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
