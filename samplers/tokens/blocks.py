@@ -36,13 +36,6 @@ def starts(numbers: Tensor) -> Tensor:
     return fresh
 
 
-def first_with_masks(state: DecodeState, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """What is to be generated, of the first block with masks: its first column (B,) and the column after the last."""
-    start, _ = masked_span(state.masked)
-    index = start.clamp(max=numbers.shape[1] - 1)[:, None]
-    return masked_span((numbers == numbers.gather(1, index)) & state.editable & state.present)
-
-
 @BLOCKS.register("whole")
 class Whole(BlockSchedule):
     """All masks at once, wherever they are."""
@@ -71,7 +64,10 @@ class Numbered(BlockSchedule):
 
     def next(self, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The first block that has masks."""
-        return first_with_masks(state, self.numbers(state))
+        numbers = self.numbers(state)
+        start, _ = masked_span(state.masked)
+        index = start.clamp(max=numbers.shape[1] - 1)[:, None]
+        return masked_span((numbers == numbers.gather(1, index)) & state.editable & state.present)
 
     def count(self, state: DecodeState) -> Tensor:
         """Blocks with positions to be generated."""

@@ -8,9 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import InputError
-from .none import NoConstraint
-from .recipe import Recipe
 from .slots import REMASKS, Choice, Remask
 from .state import DecodeState
 
@@ -27,25 +24,17 @@ class Edit(Remask):
     threshold: float = Field(default=0.5, gt=0, le=1, description="Probability that another token has to exceed.")
     post_steps: int = Field(default=16, ge=0, description="Most steps of a block after its last mask.")
 
-    def check(self, recipe: Recipe) -> None:
-        """Nothing would hold a replacement to a constraint."""
-        if not isinstance(recipe.constraint, NoConstraint):
-            raise InputError(
-                f"the edit policy replaces tokens that the {recipe.constraint.type} constraint has allowed; use one of "
-                "the two"
-            )
-
     def begin(self, state: DecodeState) -> None:
         """No step without masks, and no edit so far."""
         state.memory[self.type] = (torch.zeros_like(state.first), torch.zeros_like(state.alive))
 
     def wants(self, state: DecodeState) -> Tensor:
-        """The whole block."""
-        return state.in_block & state.editable & state.present
+        """All of the block that a step evaluates: up to the last attention block with masks, in the end everything."""
+        return state.in_block & state.editable & state.reach(state.open)
 
     def select(self, state: DecodeState, committed: Tensor) -> Choice:
         """What has another proposal that is probable."""
-        mine = self.wants(state) & state.known & ~committed & (state.x != state.spec.mask_id)
+        mine = state.in_block & state.editable & state.known & ~committed & (state.x != state.spec.mask_id)
         edits = mine & (state.x0 != state.x) & (state.confidence("prob") > self.threshold)
         posts, _ = state.memory[self.type]
         state.memory[self.type] = (torch.where(state.held, posts + 1, 0), edits.any(1))

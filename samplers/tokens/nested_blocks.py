@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .blocks import EqualBlocks, first_with_masks, starts
+from .blocks import EqualBlocks, starts
 from .slots import BLOCKS
 from .state import DecodeState
 
@@ -17,7 +17,8 @@ from .state import DecodeState
 class Nested(EqualBlocks):
     """Blocks that are filled sub-block by sub-block, from left to right (Fast-dLLM v2, arXiv:2509.26328).
 
-    Policies see the sub-block as the active block; a cache that works with both asks for ``outer``.
+    Policies see the sub-block as the active block. With ``length`` None the blocks are those of the attention, which is
+    what the sub-block cache works with.
     """
 
     type: Literal["nested"] = "nested"
@@ -28,10 +29,6 @@ class Nested(EqualBlocks):
         if self.length is not None and self.inner > self.length:
             raise ValueError(f"a sub-block of {self.inner} does not fit into a block of {self.length}")
         return self
-
-    def outer(self, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """First column (B,) of the block that the first mask is in, and the column after its last."""
-        return first_with_masks(state, super().numbers(state))
 
     def numbers(self, state: DecodeState) -> Tensor:
         """Of sub-blocks, which start anew with each block."""
