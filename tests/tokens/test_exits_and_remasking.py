@@ -176,7 +176,7 @@ def test_remasking_has_the_law_of_its_rule(rule):
 
 
 def test_remasking_repairs_what_was_committed_too_early():
-    """Two bits that are always equal, drawn in two steps: a third of the way to nothing but right answers."""
+    """Two bits that are always equal: drawn in the same one of two steps they differ half of the time."""
     table = torch.tensor([[0.5, 0.0], [0.0, 0.5]], dtype=torch.float64)
 
     def wrong(recipe):
