@@ -12,6 +12,8 @@ from ..errors import InputError
 
 LARGEST = 20_000
 """States that an automaton may have before it is made as small as it can be."""
+_AT_ONCE = 4096
+"""Tokens that are spelt together."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,6 @@ class TokenAutomaton:
         device: where answers are.
 
     Attributes:
-        next: (S, V) int64, the state after each token.
         start: state before the first token.
         accepts: (S,) bool, states in which an answer of full length may be.
     """
@@ -206,26 +207,31 @@ class TokenAutomaton:
     def __init__(
         self, automaton: Automaton, strings: Sequence[str | None], eos_ids: Sequence[int], device: torch.device
     ) -> None:
-        other, states = len(automaton.symbols), len(automaton.next)
-        spelt = [[automaton.symbols.get(char, other) for char in string or ""] for string in strings]
-        longest = max(map(len, spelt), default=0)
-        symbols = torch.tensor([row + [-1] * (longest - len(row)) for row in spelt]).view(len(spelt), longest)
-        at = torch.arange(states)[:, None].expand(-1, len(spelt))
-        for number in range(longest):
-            here = symbols[:, number]
-            at = torch.where(here >= 0, automaton.next[at, here.clamp(min=0)], at)
-        dead, over = states, states + 1
-        silent = torch.tensor([not row for row in spelt], dtype=torch.bool)
-        table = torch.full((states + 2, len(spelt)), dead)
-        table[:states] = torch.where(silent, dead, at)
+        dead, over = len(automaton.next), len(automaton.next) + 1
         accepts = torch.cat([automaton.accepts, torch.tensor([False, True])])
-        eos = list(eos_ids)
-        if eos:
-            table[:, eos] = torch.where(accepts, over, dead)[:, None]
-        self.start, self.accepts, self.next = automaton.start, accepts.to(device), table.to(device)
-        self._columns, self._kind = torch.unique(self.next, dim=1, return_inverse=True)
-        self._steps = torch.zeros(len(table), len(table), device=device)
-        self._steps.scatter_(1, self._columns, 1.0)
+        steps, classes = torch.unique(automaton.next, dim=1, return_inverse=True)
+        number = dict(zip(automaton.symbols, classes.tolist(), strict=False))
+        spelt = [tuple(number.get(char, int(classes[-1])) for char in string or "") for string in strings]
+        different = {word: index for index, word in enumerate(dict.fromkeys(spelt))}
+        columns = torch.full((over + 1, len(different) + 1), dead)
+        words = list(different)
+        for begin in range(0, len(words), _AT_ONCE):
+            some = words[begin : begin + _AT_ONCE]
+            columns[:dead, begin : begin + len(some)] = _spelt(steps, some)
+        if () in different:
+            columns[:, different[()]] = dead
+        columns[:, -1] = torch.where(accepts, over, dead)
+        kinds = torch.tensor([different[word] for word in spelt])
+        kinds[list(eos_ids)] = len(different)
+        columns, index = torch.unique(columns, dim=1, return_inverse=True)
+        self.start, self.accepts = automaton.start, accepts.to(device)
+        self._columns, self._kind = columns.to(device), index[kinds].to(device)
+        self._steps = torch.zeros(over + 1, over + 1, device=device)
+        self._steps.scatter_(1, self._columns[:, torch.unique(self._kind)], 1.0)
+
+    def after(self, tokens: Tensor) -> Tensor:
+        """(B, S) int64, the state that each of the tokens (B,) leads to from each state."""
+        return self._columns[:, self._kind[tokens]].T
 
     def messages(self, tokens: Tensor, open_: Tensor, skipped: Tensor) -> tuple[Tensor, Tensor]:
         """Forward-backward reachability over the exact number of open positions.
@@ -240,7 +246,7 @@ class TokenAutomaton:
             from which some choice leads to the end of an answer.
         """
         batch, length = tokens.shape
-        states = len(self.next)
+        states = len(self.accepts)
         forward = torch.zeros(batch, length + 1, states, dtype=torch.bool, device=tokens.device)
         backward = torch.zeros_like(forward)
         forward[:, 0, self.start] = True
@@ -248,11 +254,11 @@ class TokenAutomaton:
         taken = torch.where(open_ | skipped, 0, tokens)
         for at in range(length):
             here = forward[:, at]
-            fixed = torch.zeros_like(here.float()).scatter_add_(1, self.next[:, taken[:, at]].T, here.float()) > 0
+            fixed = torch.zeros_like(here.float()).scatter_add_(1, self.after(taken[:, at]), here.float()) > 0
             forward[:, at + 1] = _by_kind(open_[:, at], skipped[:, at], here.float() @ self._steps > 0, here, fixed)
         for at in reversed(range(length)):
             there = backward[:, at + 1]
-            fixed = there.gather(1, self.next[:, taken[:, at]].T)
+            fixed = there.gather(1, self.after(taken[:, at]))
             backward[:, at] = _by_kind(open_[:, at], skipped[:, at], there.float() @ self._steps.T > 0, there, fixed)
         return forward, backward
 
@@ -277,11 +283,21 @@ class TokenAutomaton:
         """Fewest tokens of an answer, without ends; None when no tokens spell one."""
         reached = torch.zeros_like(self.accepts)
         reached[self.start] = True
-        for tokens in range(len(self.next) + 1):
+        for tokens in range(len(self.accepts) + 1):
             if bool((reached & self.accepts).any()):
                 return tokens
             reached = reached.float() @ self._steps > 0
         return None
+
+
+def _spelt(steps: Tensor, words: Sequence[tuple[int, ...]]) -> Tensor:
+    """(S, N) int64, the state after each of N words from each of S states."""
+    longest = max(map(len, words))
+    symbols = torch.tensor([[*word, *[-1] * (longest - len(word))] for word in words], dtype=torch.long)
+    at = torch.arange(len(steps))[:, None].expand(-1, len(words))
+    for here in symbols.T:
+        at = torch.where(here >= 0, steps[at, here.clamp(min=0)], at)
+    return at
 
 
 def _by_kind(open_: Tensor, skipped: Tensor, free: Tensor, same: Tensor, fixed: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Language(Constraint):
             InputError: when a row has no valid answer.
         """
         strings = _vocabulary(state, self.type)
-        lifted = TokenAutomaton(self.automaton(), strings, state.spec.eos_ids, state.x.device)
+        lifted = _lifted(self, strings, state.spec.eos_ids, state.x.device)
         state.memory[self] = lifted
         forward, _ = lifted.messages(*_answers(state, state.x))
         possible = (forward[:, -1] & lifted.accepts).any(1)
@@ -116,12 +117,19 @@ class Language(Constraint):
             if number:
                 forward, backward = lifted.messages(*(part[rows] for part in _answers(state, written)))
                 at, index = columns - _start(state), torch.arange(len(rows), device=rows.device)
-                after = lifted.next[:, tokens].T
+                after = lifted.after(tokens)
                 possible = (forward[index, at] & backward[index, at + 1].gather(1, after)).any(1)
                 rows, columns, tokens = rows[possible], columns[possible], tokens[possible]
             written[rows, columns] = tokens
             kept[rows, columns] = True
         return Choice(kept, choice.tokens, choice.failed)
+
+
+@lru_cache(maxsize=4)
+def _lifted(
+    language: Language, strings: tuple[str | None, ...], eos_ids: tuple[int, ...], device: torch.device
+) -> TokenAutomaton:
+    return TokenAutomaton(language.automaton(), strings, eos_ids, device)
 
 
 def _start(state: DecodeState) -> int:
@@ -140,13 +148,13 @@ def _answers(state: DecodeState, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor
     return tokens[:, start:], (open_ & ~skipped)[:, start:], skipped[:, start:]
 
 
-def _vocabulary(state: DecodeState, constraint: str) -> Sequence[str | None]:
+def _vocabulary(state: DecodeState, constraint: str) -> tuple[str | None, ...]:
     strings: Sequence[str | None] = state.resource(f"{constraint} constraint", RESOURCE)
     size = state.spec.vocab_size
     if len(strings) != size:
         raise InputError(f"resource {RESOURCE!r} says what {len(strings)} tokens spell; the denoiser predicts {size}")
     silent = state.spec.mask_id
-    return [None if number == silent else string for number, string in enumerate(strings)]
+    return tuple(None if number == silent else string for number, string in enumerate(strings))
 
 
 def vocabulary_of(tokenizer: Any, size: int | None = None) -> list[str | None]:
