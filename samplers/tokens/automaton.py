@@ -224,14 +224,15 @@ class TokenAutomaton:
         kinds = torch.tensor([different[word] for word in spelt])
         kinds[list(eos_ids)] = len(different)
         columns, index = torch.unique(columns, dim=1, return_inverse=True)
+        self._columns: Tensor = columns.to(device)
+        self._kind: Tensor = index[kinds].to(device)
         self.start, self.accepts = automaton.start, accepts.to(device)
-        self._columns, self._kind = columns.to(device), index[kinds].to(device)
         self._steps = torch.zeros(over + 1, over + 1, device=device)
         self._steps.scatter_(1, self._columns[:, torch.unique(self._kind)], 1.0)
 
     def after(self, tokens: Tensor) -> Tensor:
         """(B, S) int64, the state that each of the tokens (B,) leads to from each state."""
-        return self._columns[:, self._kind[tokens]].T
+        return self._columns.T[self._kind[tokens]]
 
     def messages(self, tokens: Tensor, open_: Tensor, skipped: Tensor) -> tuple[Tensor, Tensor]:
         """Forward-backward reachability over the exact number of open positions.

@@ -28,11 +28,11 @@ class Credit(LogitsProcessor):
     def begin(self, state: DecodeState) -> None:
         """No credit."""
         shape = (*state.x.shape, state.spec.vocab_size)
-        state.memory[self.type] = torch.zeros(shape, device=state.x.device)
+        state.memory[self] = torch.zeros(shape, device=state.x.device)
 
     def process(self, state: DecodeState, logits: Tensor) -> Tensor:
         """The logits with their credit."""
-        stored: Tensor = state.memory[self.type]
+        stored: Tensor = state.memory[self]
         if state.spec.mask_id < logits.shape[1]:
             logits = logits.index_fill(1, torch.tensor([state.spec.mask_id], device=logits.device), -torch.inf)
         best, token = logits.softmax(-1).max(-1)

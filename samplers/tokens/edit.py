@@ -26,7 +26,7 @@ class Edit(Remask):
 
     def begin(self, state: DecodeState) -> None:
         """No step without masks, and no edit so far."""
-        state.memory[self.type] = (torch.zeros_like(state.first), torch.zeros_like(state.alive))
+        state.memory[self] = (torch.zeros_like(state.first), torch.zeros_like(state.alive))
 
     def wants(self, state: DecodeState) -> Tensor:
         """All of the block that a step evaluates: up to the last attention block with masks, in the end everything."""
@@ -36,13 +36,13 @@ class Edit(Remask):
         """What has another proposal that is probable."""
         mine = state.in_block & state.editable & state.known & ~committed & (state.x != state.spec.mask_id)
         edits = mine & (state.x0 != state.x) & (state.confidence("prob") > self.threshold)
-        posts, _ = state.memory[self.type]
-        state.memory[self.type] = (torch.where(state.held, posts + 1, 0), edits.any(1))
+        posts, _ = state.memory[self]
+        state.memory[self] = (torch.where(state.held, posts + 1, 0), edits.any(1))
         return Choice(edits, state.x0)
 
     def holds(self, state: DecodeState) -> Tensor:
         """While there are edits and steps."""
-        memory: tuple[Tensor, Tensor] = state.memory[self.type]
+        memory: tuple[Tensor, Tensor] = state.memory[self]
         posts, edited = memory
         return (posts < self.post_steps) & (edited | ~state.held)
 

@@ -29,7 +29,7 @@ class FirstHitting(Unmask):
 
     def begin(self, state: DecodeState) -> None:
         """Time 1, before the first step."""
-        state.memory[self.type] = (-1, torch.ones(len(state.first), dtype=torch.float64, device=state.x.device))
+        state.memory[self] = (-1, torch.ones(len(state.first), dtype=torch.float64, device=state.x.device))
 
     def quota(self, state: DecodeState) -> Tensor:
         """One."""
@@ -41,12 +41,12 @@ class FirstHitting(Unmask):
 
     def time(self, state: DecodeState) -> Tensor:
         """The time at which the next position is hit; drawn once in each step."""
-        memory: tuple[int, Tensor] = state.memory[self.type]
+        memory: tuple[int, Tensor] = state.memory[self]
         iteration, time = memory
         now = int(state.step.max())
         if now != iteration:
             uniform = 1 - state.uniform("selection")[:, -1]
             time = torch.where(state.block_step == 0, 1.0, time)
             time = time * uniform ** (1 / state.open.sum(1).clamp(min=1))
-            state.memory[self.type] = (now, time)
+            state.memory[self] = (now, time)
         return time

@@ -49,11 +49,11 @@ class Learned(Unmask):
                 f"the token filter is made for blocks of {network.length}, and the learned policy says {self.length}; "
                 "use blocks and a policy of the filter's length"
             )
-        state.memory[self.type] = network.to(state.x.device)
+        state.memory[self] = network.to(state.x.device)
 
     def select(self, state: DecodeState) -> Tensor:
         """What the filter takes for final."""
-        network: TokenFilter = state.memory[self.type]
+        network: TokenFilter = state.memory[self]
         features, index = block_features(state, self.length)
         final = network(features).sigmoid() >= self.threshold
         chosen = state.known.new_zeros((state.known.shape[0], state.known.shape[1] + 1)).scatter(1, index, final)

@@ -27,7 +27,7 @@ class StableConfident(Exit):
 
     def begin(self, state: DecodeState) -> None:
         """No token yet, and no streak."""
-        state.memory[self.type] = (torch.full_like(state.x, -1), torch.zeros_like(state.x))
+        state.memory[self] = (torch.full_like(state.x, -1), torch.zeros_like(state.x))
 
     def wants(self, state: DecodeState) -> Tensor | None:
         """All masks that can be predicted, or those of the block alone."""
@@ -35,11 +35,11 @@ class StableConfident(Exit):
 
     def all_in(self, state: DecodeState) -> Tensor:
         """Where all stand still."""
-        before, streak = state.memory[self.type]
+        before, streak = state.memory[self]
         likeliest = state.x.new_full(state.x.shape, -1)
         likeliest[state.at] = state.logits.argmax(-1)
         streak = torch.where(state.known & (likeliest == before), streak + 1, 0)
-        state.memory[self.type] = (likeliest, streak)
+        state.memory[self] = (likeliest, streak)
         masks = state.masked & state.known
         stable = (~masks | (streak >= self.steps)).all(1)
         entropy = torch.where(masks, -state.confidence("entropy"), 0.0).sum(1) / masks.sum(1).clamp(min=1)

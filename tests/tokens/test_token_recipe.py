@@ -80,6 +80,7 @@ def test_policies_may_be_given_as_data_and_in_lists():
     ({"logits": [RefreshAll()]}, "logits holds a logits processor; got RefreshAll"),
     ({"logits": [{"type": "ban"}]}, "a ban names allowed or banned tokens"),
     ({"logits": "ban"}, "a list of logits processors is expected; got 'ban'"),
+    ({"logits": [Ban(banned=(3,))] * 2}, "ban logits processor is there twice with the same settings; keep one"),
     ({"propose": {"temperature": -1}}, "propose.temperature: .*; got -1"),
     ({"chaches": 3}, "chaches: Extra inputs are not permitted; got 3"),
 ])  # fmt: skip
