@@ -69,6 +69,12 @@ def flags():
         found[name] = table
 
     visit(make_parser(), "fewstep")
+    methods = {name: found.pop(name) for name in sorted(found) if name.startswith("fewstep distill ")}
+    shared = set.intersection(*(set(map(repr, table.items())) for table in methods.values()))
+    some = next(iter(methods.values()))
+    found["fewstep distill *"] = {flag: what for flag, what in some.items() if repr((flag, what)) in shared}
+    for name, table in methods.items():
+        found[name] = {flag: what for flag, what in table.items() if repr((flag, what)) not in shared}
     return found
 
 
