@@ -24,6 +24,7 @@ from .eot_exit import EotExit
 from .facade import TokenScheduler
 from .factor import Factor
 from .first_hitting import FirstHitting
+from .folder import load_causal, load_denoiser, save_causal, save_denoiser
 from .free_cache import FreeCache
 from .guidance import TokenGuidance
 from .guider import Guider
@@ -173,7 +174,11 @@ __all__ = [
     "Voted",
     "Whole",
     "decode",
+    "load_causal",
+    "load_denoiser",
     "replay",
+    "save_causal",
+    "save_denoiser",
     "train_filter",
     "vocabulary_of",
     "vote",

@@ -24,11 +24,12 @@ from torch import Generator, Tensor, nn
 from fewstep.scripts.demo.data import DEFAULT_DATA
 
 
-def training_parser(description: str | None, steps: int) -> argparse.ArgumentParser:
-    """The flags that every training script has: ``--work``, ``--data``, ``--steps`` and ``--seed``."""
+def training_parser(description: str | None, steps: int, images: bool = True) -> argparse.ArgumentParser:
+    """The flags that every training script has: ``--work``, ``--steps``, ``--seed``, and ``--data`` for images."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder of the run (resumed when it exists)")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    if images:
+        parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -1,0 +1,254 @@
+"""What the demo's token models learn: tasks with known answers, and the verses of the King James Bible.
+
+Characters are the tokens. An item of a task is then one token, a text comes back as it was, an automaton over
+characters is one over tokens, and the vocabulary depends on no text and leaves the parameters to the layers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+EOS, MASK, BOS, UNKNOWN = 0, 1, 2, 3
+"Ids of the special tokens."
+CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
+VOCABULARY = 4 + len(CHARACTERS)
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer: a fixed vocabulary of printable ASCII characters, the newline and four special tokens."""
+    names = ["<eos>", "<mask>", "<bos>", "<unk>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<eos>",
+        mask_token="<mask>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and one of its right answers, which ends with the end token."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A rule from prompts to right answers, each equally likely.
+
+    Attributes:
+        name: first word of its prompts.
+        make: an example with some number of items.
+        right: whether an answer (n characters, without what follows the end) is right.
+        fewest: items of an example.
+        most: items of an example.
+    """
+
+    name: str
+    make: Callable[[random.Random, int], Example]
+    right: Callable[[str, str], bool]
+    fewest: int = 3
+    most: int = 10
+
+    def example(self, draw: random.Random) -> Example:
+        """An example of any size."""
+        return self.make(draw, draw.randint(self.fewest, self.most))
+
+
+def _items(draw: random.Random, count: int) -> str:
+    """Letters that all differ."""
+    return "".join(draw.sample(string.ascii_lowercase, count))
+
+
+def _certain(name: str, rule: Callable[[str], str]) -> Task:
+    """A task with one right answer to a list of items."""
+
+    def make(draw: random.Random, count: int) -> Example:
+        items = _items(draw, count)
+        return Example(f"{name} {items}\n", rule(items))
+
+    return Task(name, make, lambda prompt, answer: answer == rule(prompt.split()[1]), most=24)
+
+
+def _replace_index() -> Task:
+    def rule(items: str, where: int, word: str) -> str:
+        return items[:where] + word + items[where + 1 :]
+
+    def make(draw: random.Random, count: int) -> Example:
+        items, where, word = _items(draw, count), draw.randrange(count), draw.choice(string.ascii_uppercase)
+        return Example(f"replace-index {items} {where}{word}\n", rule(items, where, word))
+
+    def right(prompt: str, answer: str) -> bool:
+        _, items, asked = prompt.split()
+        return answer == rule(items, int(asked[0]), asked[1])
+
+    return Task("replace-index", make, right)
+
+
+def _replace_random() -> Task:
+    def make(draw: random.Random, count: int) -> Example:
+        items, where, word = _items(draw, count), draw.randrange(count), draw.choice(string.ascii_uppercase)
+        return Example(f"replace-random {items} {word}\n", items[:where] + word + items[where + 1 :])
+
+    def right(prompt: str, answer: str) -> bool:
+        _, items, word = prompt.split()
+        return answer in {items[:where] + word + items[where + 1 :] for where in range(len(items))}
+
+    return Task("replace-random", make, right)
+
+
+def _shuffle() -> Task:
+    def make(draw: random.Random, count: int) -> Example:
+        items = _items(draw, count)
+        return Example(f"shuffle {items}\n", "".join(draw.sample(items, count)))
+
+    return Task("shuffle", make, lambda prompt, answer: sorted(answer) == sorted(prompt.split()[1]))
+
+
+@cache
+def latin_squares(order: int) -> tuple[str, ...]:
+    """All Latin squares, row by row: 12 of order 3, 576 of order 4."""
+    rows = ["".join(row) for row in permutations("abcd"[:order])]
+    squares = ("".join(square) for square in product(rows, repeat=order))
+    return tuple(s for s in squares if all(len(set(s[column::order])) == order for column in range(order)))
+
+
+def _latin(order: int) -> Task:
+    def make(draw: random.Random, count: int) -> Example:
+        return Example(f"latin-{order}\n", draw.choice(latin_squares(order)))
+
+    return Task(f"latin-{order}", make, lambda prompt, answer: answer in latin_squares(order), order**2, order**2)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        _certain("copy", lambda items: items),
+        _certain("reverse", lambda items: items[::-1]),
+        _certain("sort", lambda items: "".join(sorted(items))),
+        _replace_index(),
+        _replace_random(),
+        _shuffle(),
+        _latin(3),
+        _latin(4),
+    )
+}
+"""By name. Items are letters that all differ; the word that replaces one is a capital."""
+
+
+def examples(task: str, count: int, seed: int) -> list[Example]:
+    """Examples of one task, the same for the same seed."""
+    draw = random.Random(f"{task} {seed}")
+    return [TASKS[task].example(draw) for _ in range(count)]
+
+
+def read_verses(path: Path) -> list[str]:
+    """The verses of the King James Bible, without their references.
+
+    Args:
+        path: what ``bible -f 'Ge1:1-Rev22:21'`` prints: one verse a line, after its reference.
+
+    Raises:
+        FileNotFoundError: when there is no such file, with how to make it.
+        ValueError: when it is another text.
+    """
+    how = (
+        "install Debian's packages bible-kjv and bible-kjv-text (apt-get install bible-kjv), run "
+        "bible -f 'Ge1:1-Rev22:21' > kjv.txt, and give that file with --text"
+    )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {how}")
+    found = re.findall(r"^[A-Z0-9]\w*\d+:\d+ (.+)$", path.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{path} has no verses such as 'Ge1:1 In the beginning...'; {how}")
+    return found
+
+
+VERSE = "verse "
+"How the prompt of a text begins; the first words of the verse follow."
+HELD_OUT = 50
+"Every fiftieth verse is kept for measuring."
+
+
+def split_verses(verses: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The verses to train on, and those held out."""
+    held = list(verses[::HELD_OUT])
+    return [verse for number, verse in enumerate(verses) if number % HELD_OUT], held
+
+
+def verse_example(verse: str, draw: random.Random) -> Example:
+    """The first words of a verse as the prompt, up to 32 characters, and the rest as the answer."""
+    ends = [0, *(match.end() for match in re.finditer(r" ", verse[:32]))]
+    cut = draw.choice(ends)
+    return Example(VERSE + verse[:cut], verse[cut:])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one length: a prompt, its answer, and end tokens up to the length.
+
+    Attributes:
+        tokens: (R, L) int64.
+        answer: (R,) int64, where the answers begin.
+        end: (R,) int64, where their first end token is.
+    """
+
+    tokens: Tensor
+    answer: Tensor
+    end: Tensor
+
+
+class Mixture:
+    """Batches of tasks and verses.
+
+    Args:
+        tokenizer: turns them into tokens.
+        verses: to learn; none for the tasks alone.
+        text_share: share of the rows that are verses.
+    """
+
+    def __init__(self, tokenizer: Any, verses: Sequence[str], text_share: float = 0.4) -> None:
+        self._tokenizer = tokenizer
+        self._verses = sorted(verses, key=len)
+        self._lengths = torch.tensor([len(verse) for verse in self._verses])
+        self._text_share = text_share if verses else 0.0
+
+    def batch(self, rows: int, length: int, draw: random.Random) -> Batch:
+        """A batch; only verses that fit into ``length`` with their prompt and an end are drawn."""
+        fitting = int((self._lengths <= length - len(VERSE) - 1).sum())
+        texts = int(rows * self._text_share) if fitting else 0
+        chosen = [verse_example(self._verses[draw.randrange(fitting)], draw) for _ in range(texts)]
+        chosen += [TASKS[draw.choice(tuple(TASKS))].example(draw) for _ in range(rows - texts)]
+        return self.pack(chosen, length)
+
+    def pack(self, chosen: Sequence[Example], length: int) -> Batch:
+        """Examples as rows of ``length`` tokens."""
+        ids = self._tokenizer([example.prompt + example.answer for example in chosen]).input_ids
+        tokens = torch.full((len(chosen), length), EOS)
+        for row, written in enumerate(ids):
+            tokens[row, : len(written)] = torch.tensor(written)
+        return Batch(
+            tokens=tokens,
+            answer=torch.tensor([len(example.prompt) for example in chosen]),
+            end=torch.tensor([len(written) for written in ids]),
+        )

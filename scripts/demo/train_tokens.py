@@ -1,0 +1,196 @@
+"""Trains the demo's token models: a masked-diffusion one, a block-causal one, and their autoregressive twin.
+
+All three are Llama decoders of one shape, which differ in what a position attends to and in what it predicts. Each
+answer position is weighted by 1, and what follows an answer's end by `PADDING_WEIGHT`: a weight of a position changes
+how fast it is learned and not what is right there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fewstep.samplers.tokens import DenoiserSpec, save_causal, save_denoiser
+from fewstep.scripts.demo.token_data import (
+    BOS,
+    EOS,
+    MASK,
+    VOCABULARY,
+    Batch,
+    Mixture,
+    new_tokenizer,
+    read_verses,
+    split_verses,
+)
+from fewstep.scripts.demo.trainer import Recipe, train, training_parser
+
+KINDS = ("masked", "block", "ar")
+LENGTHS, SHARES = (64, 128, 304), (0.6, 0.3, 0.1)
+"Lengths of a step's rows, and how often each comes; the last has room for 256 tokens after the longest prompt."
+TOKENS = 4096
+"Tokens of a step, whatever the length of its rows."
+PADDING_WEIGHT = 0.1
+BLOCK = 8
+"Positions in a block of the block-causal model, counted from the first token of the answer."
+
+
+def new_model(width: int = 160, layers: int = 6) -> LlamaForCausalLM:
+    """An untrained Llama of 1.9 million parameters: half a third of the 12 MB that three may take in half precision."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=width * 14 // 5,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=384,
+            tie_word_embeddings=True,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def spec_of(kind: str) -> DenoiserSpec:
+    """What the decode loop must know of the masked and of the block-causal model."""
+    if kind == "masked":
+        return DenoiserSpec(mask_id=MASK, vocab_size=VOCABULARY, eos_ids=(EOS,))
+    return DenoiserSpec(
+        mask_id=MASK,
+        vocab_size=VOCABULARY,
+        eos_ids=(EOS,),
+        attention="block-causal",
+        block_length=BLOCK,
+        block_anchor="answer",
+    )
+
+
+def save_model(kind: str, folder: Path, model: LlamaForCausalLM) -> None:
+    """Writes a model with its tokenizer; `load_denoiser` reads the first two kinds and `load_causal` the third."""
+    if kind == "ar":
+        save_causal(folder, model, VOCABULARY, BOS)
+    else:
+        save_denoiser(folder, model, spec_of(kind))
+    new_tokenizer().save_pretrained(folder)
+
+
+def times(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Times in (0, 1], evenly spread over all entries, in random order."""
+    count = torch.Size(shape).numel()
+    spread = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    return 1 - spread[torch.randperm(count, generator=generator)].view(shape) % 1
+
+
+def weights(batch: Batch) -> Tensor:
+    """(R, L) float32: 0 in prompts, 1 in answers and at their end, `PADDING_WEIGHT` behind."""
+    columns = torch.arange(batch.tokens.shape[1])
+    weight = torch.where(columns <= batch.end[:, None], 1.0, PADDING_WEIGHT)
+    return weight * (columns >= batch.answer[:, None])
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """Weighted mean over positions: logits (N, V), tokens (N,), weight (N,), ``total`` the sum of all weights."""
+    return (torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * weight).sum() / total
+
+
+def noised(batch: Batch, time: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Tokens of which each answer token is a mask with the probability ``time`` (R, 1) or (R, L), and which are."""
+    hidden = torch.rand(batch.tokens.shape, generator=generator) < time
+    hidden &= torch.arange(batch.tokens.shape[1]) >= batch.answer[:, None]
+    return torch.where(hidden, MASK, batch.tokens), hidden
+
+
+def masked_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
+    """The masked-diffusion bound, 1/t times the cross-entropy at masks (MDLM, arXiv:2406.07524, Section 3.3)."""
+    rows, length = batch.tokens.shape
+    time = times((rows, 1), generator).clamp(min=1 / length)
+    seen, hidden = noised(batch, time, generator)
+    attend = torch.ones(1, 1, length, length, dtype=torch.bool)
+    states = model.model(input_ids=seen, attention_mask=attend, use_cache=False).last_hidden_state
+    weight = weights(batch)
+    logits = model.lm_head(states[hidden])
+    return cross_entropy(logits, batch.tokens[hidden], (weight / time)[hidden], weight.sum())
+
+
+def block_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
+    """The bound of block diffusion (arXiv:2503.09573, Section 3.1), all blocks in one pass.
+
+    A row is read twice: as it is, and noised with a time of its own in each block. A noised block attends to itself and
+    to the clean blocks before it, a clean one to itself and those before.
+    """
+    rows, length = batch.tokens.shape
+    columns = torch.arange(length)
+    block = (columns - batch.answer[:, None]).div(BLOCK, rounding_mode="floor").clamp(min=-1)
+    per_block = times((rows, -(-length // BLOCK) + 1), generator).clamp(min=1 / BLOCK)
+    time = per_block.gather(1, block + 1)
+    seen, hidden = noised(batch, time, generator)
+    before, same = block[:, :, None] > block[:, None], block[:, :, None] == block[:, None]
+    attend = torch.cat(
+        [torch.cat([before | same, torch.zeros_like(same)], 2), torch.cat([before, same], 2)], dim=1
+    )  # queries and keys: clean, noised
+    states = model.model(
+        input_ids=torch.cat([batch.tokens, seen], 1),
+        attention_mask=attend[:, None],
+        position_ids=columns.repeat(2)[None],
+        use_cache=False,
+    ).last_hidden_state
+    weight = weights(batch)
+    logits = model.lm_head(states[:, length:][hidden])
+    return cross_entropy(logits, batch.tokens[hidden], (weight / time)[hidden], weight.sum())
+
+
+def causal_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
+    """The cross-entropy of each answer token given those before it, after a token that begins the row."""
+    seen = torch.nn.functional.pad(batch.tokens[:, :-1], (1, 0), value=BOS)
+    states = model.model(input_ids=seen, use_cache=False).last_hidden_state
+    weight = weights(batch)
+    counted = weight > 0
+    return cross_entropy(model.lm_head(states[counted]), batch.tokens[counted], weight[counted], weight.sum())
+
+
+LOSSES: dict[str, Callable[[LlamaForCausalLM, Batch, Generator], Tensor]] = {
+    "masked": masked_loss,
+    "block": block_loss,
+    "ar": causal_loss,
+}
+
+
+def draw_batch(mixture: Mixture, generator: Generator, tokens: int = TOKENS) -> Batch:
+    """The batch of a step: one length, and as many rows as make up ``tokens``."""
+    length = LENGTHS[int(torch.multinomial(torch.tensor(SHARES), 1, generator=generator))]
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return mixture.batch(tokens // length, length, random.Random(seed))
+
+
+def main() -> None:
+    """Trains one kind into ``--work`` and saves it, in half precision, as ``--work``/model."""
+    parser = training_parser(__doc__, steps=20000, images=False)
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="verses, as `bible -f 'Ge1:1-Rev22:21'` prints them")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    verses, _ = split_verses(read_verses(options.text))
+    mixture = Mixture(new_tokenizer(), verses)
+    torch.manual_seed(options.seed)
+    model, loss = new_model(), LOSSES[options.kind]
+
+    def loss_function(generator: Generator) -> dict[str, Tensor]:
+        return {options.kind: loss(model, draw_batch(mixture, generator), generator)}
+
+    recipe = Recipe(steps=options.steps, lr=2e-3, weight_decay=0.01, seed=options.seed, save_every=250)
+    record = train(model, loss_function, recipe, options.work)
+    save_model(options.kind, options.work / "model", model.half())
+    print(record)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
