@@ -78,6 +78,7 @@ class TransformersCausal(CausalModel):
         self.bos_id = bos_id
         spec = DenoiserSpec(mask_id=self.vocab_size, vocab_size=self.vocab_size)
         self._asked = TransformersDenoiser(model, spec)
+        self.model = model
         self.keeps_kv = self._asked.keeps_kv
 
     def forward(self, query: Query) -> Tensor:

@@ -70,9 +70,12 @@ class Task:
     fewest: int = 3
     most: int = 10
 
-    def example(self, draw: random.Random) -> Example:
-        """An example of any size."""
-        return self.make(draw, draw.randint(self.fewest, self.most))
+    def example(self, draw: random.Random, room: int = 256) -> Example:
+        """An example of any size that fits into ``room`` tokens, with the one that ends its answer."""
+        while True:
+            example = self.make(draw, draw.randint(self.fewest, self.most))
+            if len(example.prompt) + len(example.answer) < room:
+                return example
 
 
 def _items(draw: random.Random, count: int) -> str:
@@ -223,22 +226,20 @@ class Mixture:
 
     Args:
         tokenizer: turns them into tokens.
-        verses: to learn; none for the tasks alone.
-        text_share: share of the rows that are verses.
+        verses: to learn.
     """
 
-    def __init__(self, tokenizer: Any, verses: Sequence[str], text_share: float = 0.4) -> None:
+    def __init__(self, tokenizer: Any, verses: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._verses = sorted(verses, key=len)
         self._lengths = torch.tensor([len(verse) for verse in self._verses])
-        self._text_share = text_share if verses else 0.0
 
-    def batch(self, rows: int, length: int, draw: random.Random) -> Batch:
-        """A batch; only verses that fit into ``length`` with their prompt and an end are drawn."""
-        fitting = int((self._lengths <= length - len(VERSE) - 1).sum())
-        texts = int(rows * self._text_share) if fitting else 0
+    def batch(self, rows: int, length: int, text_share: float, draw: random.Random) -> Batch:
+        """Rows of ``length`` tokens, of which ``text_share`` are verses; what does not fit is not drawn."""
+        fitting = int((self._lengths < length - len(VERSE)).sum())
+        texts = int(rows * text_share) if fitting else 0
         chosen = [verse_example(self._verses[draw.randrange(fitting)], draw) for _ in range(texts)]
-        chosen += [TASKS[draw.choice(tuple(TASKS))].example(draw) for _ in range(rows - texts)]
+        chosen += [TASKS[draw.choice(tuple(TASKS))].example(draw, length) for _ in range(rows - texts)]
         return self.pack(chosen, length)
 
     def pack(self, chosen: Sequence[Example], length: int) -> Batch:
