@@ -32,7 +32,7 @@ def works_table() -> str:
         ("Solvers", f"{len(scheduler_names())} schedulers of diffusers", "by class name, through `from_config`"),
         ("Explicit grids", schedulers, "any list of timesteps, fractional ones too"),
         ("Distillation", ", ".join(f"`{name}`" for name in METHODS.names()), "`fewstep distill METHOD`"),
-        ("Token recipes", ", ".join(f"`{name}`" for name in RECIPES), "`fewstep.samplers.tokens.decode`"),
+        ("Token recipes", ", ".join(f"`{name}`" for name in RECIPES.names()), "`fewstep.samplers.tokens.decode`"),
         ("Feature nets", ", ".join(f"`{name}`" for name in _feature_nets()), "by local path; the first ships"),
         ("Demos", ", ".join(f"`{name}`" for name in demo_names()), "trained teachers that ship"),
         ("Commands", ", ".join(f"`fewstep {name}`" for name in cli.COMMANDS), "`--help` tells"),

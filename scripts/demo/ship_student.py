@@ -1,0 +1,78 @@
+"""Ships a student of a demo beside the plans: its weights in half precision, and its plan with measured evidence.
+
+``python -m fewstep.scripts.demo.ship_student --pipe demo:fashion-dit --student DIR --name pcm-4-step --work DIR``
+
+The evidence is measured on what ships, on seeds on which nobody was trained or chosen, beside the demo's reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.distill.export import write_network
+from fewstep.eval.assets import load_pipeline, plan_folder, reference_plan
+from fewstep.samplers import Evidence, InputError, Plan, StudentWeights, attach
+from fewstep.scripts.bench.excess import FRESH_SEED
+from fewstep.scripts.bench.judge import Judge, fd_difference
+
+TEACHER_STEPS = 50
+
+
+def with_half_weights(spec: str, plan: Plan, folder: Path, name: str) -> Plan:
+    """Writes the student of a plan in half precision to a folder, and gives the plan that names it.
+
+    Raises:
+        InputError: when the plan has no student's weights.
+    """
+    (part,) = plan.weights if len(plan.weights) == 1 else (None,)
+    if not isinstance(part, StudentWeights) or part.component is None:
+        raise InputError("the plan has no weights of a student; ship an adapter's files as they are")
+    pipe: Any = load_pipeline(spec)
+    with attach(pipe, plan):
+        write_network(getattr(pipe, part.component), folder / name, torch.float16)
+    weights = [part.model_copy(update={"folder": name}).model_dump()]
+    return Plan.from_json(plan.to_json() | {"name": name, "weights": weights})
+
+
+def main() -> None:
+    """Writes the weights and the plan."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipe", required=True, help="a demo, such as demo:fashion-dit")
+    parser.add_argument("--student", type=Path, required=True, help="what fewstep distill wrote")
+    parser.add_argument("--plan", default="plan.json", help="which of its plans")
+    parser.add_argument("--name", required=True, help="of the plan and of the folder of its weights")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=1280)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = plan_folder(options.pipe)
+    if folder is None:
+        raise InputError(f"plans ship for demos; got --pipe {options.pipe}")
+    path = folder / f"{options.name}.json"
+    plan = with_half_weights(options.pipe, Plan.load(options.student / options.plan), folder, options.name)
+    plan.save(path)
+    judge = Judge(options.pipe, options.work, options.n, FRESH_SEED)
+    row, base = judge.row(path), judge.row(reference_plan(options.pipe, TEACHER_STEPS))
+    value, se = fd_difference(row, base)
+    common = {
+        "n": options.n,
+        "seeds": (FRESH_SEED, FRESH_SEED + options.n),
+        "command": shlex.join(["python", "-m", "fewstep.scripts.demo.ship_student", *sys.argv[1:]]),
+    }
+    own = row["metrics"]["fd"]
+    evidence = (
+        Evidence(metric="fd_fashion", value=own["value"], se=own["se"], **common),
+        Evidence(metric="fd_fashion difference", value=value, se=se, against="reference-50", **common),
+    )
+    plan.model_copy(update={"evidence": evidence}).save(path)
+    sys.stdout.write(f"{path} {own['value']:.2f} +- {own['se']:.2f}, {value:+.2f} +- {se:.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
