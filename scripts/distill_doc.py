@@ -30,7 +30,8 @@ STUDENTS_HEAD = """## Students of `fashion-dit`
 Against Fashion-MNIST's 10,000 *test* images, {n:,} images a row on seeds from {seed:,} on. Distances are `fd_fashion`,
 lower is better, ± one standard error from a jackknife over blocks of seeds; differences are to the teacher in
 {steps} steps, on the same seeds. Precision and recall are to training images. The trainings are short ones on one CPU
-core: the table says what a method is worth after minutes, not what it can do."""
+core: the table says what a method is worth after minutes, not what it can do. Minutes are wall time beside other jobs,
+up to three times what an idle core takes."""
 
 THROUGHPUT_HEAD = """## What an update costs
 
