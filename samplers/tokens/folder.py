@@ -110,10 +110,7 @@ def _model(folder: Path, dtype: torch.dtype, device: torch.device | str, vocab_s
             f"{folder} is a model with code of its own, which is not run; load it yourself and wrap it with "
             "TransformersDenoiser or CallableDenoiser"
         )
-    name = (config.get("architectures") or ["none"])[0]
-    architecture: Any = getattr(transformers, name, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise InputError(f"{folder} holds a model of architecture {name!r}, which transformers does not have")
+    architecture = _architecture(folder, config)
     if config["vocab_size"] < max(vocab_size, special + 1):
         raise InputError(
             f"{folder} embeds {config['vocab_size']} tokens, and {SPEC_FILE} speaks of {max(vocab_size, special + 1)}"
@@ -134,3 +131,11 @@ def _model(folder: Path, dtype: torch.dtype, device: torch.device | str, vocab_s
         raise InputError(f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others; save them again")
     loaded: nn.Module = model.eval().requires_grad_(False).to(device)
     return loaded
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> Any:
+    name = (config.get("architectures") or ["none"])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(f"{folder} holds a model of architecture {name!r}, which transformers does not have")
+    return found

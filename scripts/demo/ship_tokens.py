@@ -15,15 +15,16 @@ from fewstep.scripts.demo.trainer import read_header
 
 SUMMARIES = {
     "masked": "A masked-diffusion model (MDLM, arXiv:2406.07524) with attention in both directions",
-    "block": f"A block-diffusion model (arXiv:2503.09573) with block-causal attention, {BLOCK} tokens a block counted "
-    "from the first of the answer",
+    "block": f"""A block-diffusion model (arXiv:2503.09573) with block-causal attention, {BLOCK} tokens a block
+counted from the first of the answer""",
     "ar": "The autoregressive twin of the two diffusion models",
 }
 
 CARD = """# tokens/{kind}
 
-{summary}: a Llama of {count:,} parameters over {vocabulary} tokens, one for each character. `masked`, `block` and `ar`
-have one shape, one tokenizer and one data set.
+{summary}:
+a Llama of {count:,} parameters over {vocabulary} tokens, one for each character. `masked`, `block` and `ar` have one
+shape, one tokenizer and one data set.
 
 ```python
 from transformers import AutoTokenizer
@@ -34,8 +35,8 @@ model = {loader}("eval/demo/tokens/{kind}")
 tokenizer = AutoTokenizer.from_pretrained("eval/demo/tokens/{kind}")
 ```
 
-* Prompts: `NAME ITEMS` and a newline, with NAME one of {tasks};
-  or `verse ` and the first words of a verse. `fewstep.scripts.demo.token_data` makes and judges them.
+* Prompts: `NAME ITEMS` and a newline, with NAME one of
+  {tasks}; or `verse ` and the first words of a verse. `fewstep.scripts.demo.token_data` makes and judges them.
 * Data: these tasks, generated without end, and the King James Bible (1611; its copyright has expired) as Debian's
   package `bible-kjv-text` has it, without every fiftieth verse.
 * Training: {steps} steps of {tokens:,} tokens, AdamW, cosine decay from {lr}, averaged weights (decay {ema}),
@@ -74,6 +75,7 @@ def ship(kind: str, work: Path, folder: Path) -> None:
     loaded = load_causal(work / "model") if kind == "ar" else load_denoiser(work / "model")
     model = loaded.model.half()
     save_model(kind, folder, model)
+    (folder / "model.safetensors").chmod(0o644)
     config = folder / "config.json"
     write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
     write_text(folder / "README.md", card(kind, parameters(model), read_header(work)))
