@@ -42,14 +42,10 @@ class Pass:
     """One call of a network in an update."""
 
     role: str
-    network: nn.Module
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     recorded: bool
-
-    @property
-    def rows(self) -> int:
-        """Samples in it."""
-        return next(len(value) for value in tree_flatten(self.kwargs)[0] if isinstance(value, Tensor) and value.ndim)
+    frozen: bool
 
 
 @contextmanager
@@ -61,8 +57,8 @@ def listening(roles: Any) -> Iterator[list[Pass]]:
     @contextmanager
     def heard(name: str, **how: Any) -> Iterator[nn.Module]:
         def keep(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), kwargs)
-            calls.append(Pass(name, network, held, torch.is_grad_enabled()))
+            held = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), (args, kwargs))
+            calls.append(Pass(name, *held, torch.is_grad_enabled(), how.get("frozen", False)))
 
         with use(name, **how) as network:
             handle = network.register_forward_pre_hook(keep, with_kwargs=True)
@@ -82,11 +78,13 @@ def replayed(roles: Any, calls: list[Pass]) -> float:
     """Seconds that the calls of an update take by themselves."""
     begun = time.perf_counter()
     for call in calls:
-        with roles.use(call.role, grad=call.recorded) as network:
-            output = network(**call.kwargs)[0]
+        with roles.use(call.role, grad=call.recorded, frozen=call.frozen) as network:
+            output = network(*call.args, **call.kwargs)
         if call.recorded:
-            inputs = [x for x in tree_flatten(call.kwargs)[0] if isinstance(x, Tensor) and x.requires_grad]
-            trained = roles.trainable(call.role).values() if call.role in roles.trained else ()
+            output = output if isinstance(output, Tensor) else output[0]
+            inputs = [x for x in tree_flatten((call.args, call.kwargs))[0] if isinstance(x, Tensor) and x.requires_grad]
+            trains = call.role in roles.trained and not call.frozen
+            trained = roles.trainable(call.role).values() if trains else ()
             output.float().square().mean().backward(inputs=[*trained, *inputs])
     return time.perf_counter() - begun
 
