@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ from .method import seed_of
 SHARD = 256
 "Images in a file of latents."
 
+_OPEN = 256
+"Files that are open at a time, at most."
+
 Posterior = Literal["sample", "mean"]
 
 
@@ -35,6 +39,14 @@ class Moments(NamedTuple):
 
     mean: Tensor
     std: Tensor | None
+
+
+class _Shard(NamedTuple):
+    """An open file: its tensors, of which rows can be read, and the value of each row."""
+
+    path: Path
+    slices: dict[str, Any]
+    values: list[Value]
 
 
 class Latents:
@@ -65,7 +77,7 @@ class Latents:
         self._shape, self._spreads = tuple(moments.mean.shape[1:]), moments.std is not None
         vae = getattr(encoder.pipe, "vae", None)
         self._maker = fingerprint(vae) if isinstance(vae, nn.Module) else "pixels"
-        self._checked: set[int] = set()
+        self._opened: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,8 +110,7 @@ class Latents:
         for shard in range(-(-len(self) // SHARD))[rank::world]:
             if not self._path(shard).is_file():
                 self._write(shard, batch_size, progress)
-            with self._open(shard):
-                pass  # a foreign or damaged file is found here, and not in the middle of a training
+            self._open(shard)  # a foreign or damaged file is found here, and not in the middle of a training
 
     def get(self, items: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, list[Value]]:
         """Images as the denoiser sees them, float32 (B, ...), and their captions or labels.
@@ -114,15 +125,14 @@ class Latents:
         rows, values = [], []
         for item, seed in zip(items, seeds, strict=True):
             shard, row = divmod(item, SHARD)
-            with self._open(shard) as (stream, known):
-                x0 = stream.get_slice("mean")[row]
-                if "std" in stream.keys():  # noqa: SIM118
-                    noise = torch.randn(
-                        x0.shape, generator=torch.Generator("cpu").manual_seed(seed_of(seed, "posterior"))
-                    )
-                    x0 = x0 + stream.get_slice("std")[row] * noise
-                rows.append(x0)
-                values.append(known[row])
+            made = self._open(shard)
+            with _undamaged(made.path):
+                x0 = made.slices["mean"][row]
+                if "std" in made.slices:
+                    generator = torch.Generator("cpu").manual_seed(seed_of(seed, "posterior"))
+                    x0 = x0 + made.slices["std"][row] * torch.randn(x0.shape, generator=generator)
+            rows.append(x0)
+            values.append(made.values[row])
         return torch.stack(rows), values
 
     def _write(self, shard: int, batch_size: int, progress: Callable[[int], None]) -> None:
@@ -149,23 +159,31 @@ class Latents:
             tensors["std"] = torch.cat([made.std for made in moments if made.std is not None])
         write_tensors(self._path(shard), tensors, {"made_of": self._made_of(shard), "values": json.dumps(values)})
 
-    @contextmanager
-    def _open(self, shard: int) -> Iterator[tuple[Any, list[Value]]]:
+    def _open(self, shard: int) -> _Shard:
+        """A file, which stays open: a batch takes its rows from many of them.
+
+        Raises:
+            InputError: when it is missing, damaged or foreign.
+        """
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
         path = self._path(shard)
         if not path.is_file():
             raise InputError(f"{path} does not exist; make the latents first")
-        try:
-            with safetensors.safe_open(path, "pt") as stream:
-                header = dict(stream.metadata() or {})
-                if shard not in self._checked and header.get("made_of") != self._made_of(shard):
-                    raise InputError(
-                        f"{path} was made of other images, another size, or another autoencoder; delete it and make "
-                        "it again"
-                    )
-                self._checked.add(shard)
-                yield stream, json.loads(header["values"])
-        except (safetensors.SafetensorError, KeyError) as error:
-            raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
+        with _undamaged(path):
+            stream = safetensors.safe_open(path, "pt")
+            header = dict(stream.metadata() or {})
+            if header.get("made_of") != self._made_of(shard):
+                raise InputError(
+                    f"{path} was made of other images, another size, or another autoencoder; delete it and make "
+                    "it again"
+                )
+            slices = {name: stream.get_slice(name) for name in ("mean", "std") if name in stream.keys()}  # noqa: SIM118
+            self._opened[shard] = _Shard(path, slices, json.loads(header["values"]))
+        if len(self._opened) > _OPEN:
+            self._opened.popitem(last=False)
+        return self._opened[shard]
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:05d}.safetensors"
@@ -175,6 +193,15 @@ class Latents:
         names = [self.images.name(item) for item in range(shard * SHARD, min(len(self), (shard + 1) * SHARD))]
         known = [self._maker, self.size, self.posterior, self._shape, names]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Turns what a damaged file raises in the block into an ``InputError``."""
+    try:
+        yield
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
 
 
 def channels(pipe: Any) -> int:
