@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +24,10 @@ from .conditions import Layout
 from .encoder import Encoder, Value
 from .images import Images
 from .method import seed_of
+from .open_files import OPEN, undamaged
 
 SHARD = 256
 "Images in a file of latents."
-
-_OPEN = 256
-"Files that are open at a time, at most."
 
 Posterior = Literal["sample", "mean"]
 
@@ -77,7 +75,7 @@ class Latents:
         self._shape, self._spreads = tuple(moments.mean.shape[1:]), moments.std is not None
         vae = getattr(encoder.pipe, "vae", None)
         self._maker = fingerprint(vae) if isinstance(vae, nn.Module) else "pixels"
-        self._opened: OrderedDict[int, _Shard] = OrderedDict()
+        self._open = lru_cache(OPEN)(self._read)  # a batch takes its rows from many files
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,7 +124,7 @@ class Latents:
         for item, seed in zip(items, seeds, strict=True):
             shard, row = divmod(item, SHARD)
             made = self._open(shard)
-            with _undamaged(made.path):
+            with undamaged(made.path):
                 x0 = made.slices["mean"][row]
                 if "std" in made.slices:
                     generator = torch.Generator("cpu").manual_seed(seed_of(seed, "posterior"))
@@ -159,20 +157,17 @@ class Latents:
             tensors["std"] = torch.cat([made.std for made in moments if made.std is not None])
         write_tensors(self._path(shard), tensors, {"made_of": self._made_of(shard), "values": json.dumps(values)})
 
-    def _open(self, shard: int) -> _Shard:
-        """A file, which stays open: a batch takes its rows from many of them.
+    def _read(self, shard: int) -> _Shard:
+        """Opens a file.
 
         Raises:
             InputError: when it is missing, damaged or foreign.
         """
-        if shard in self._opened:
-            self._opened.move_to_end(shard)
-            return self._opened[shard]
         path = self._path(shard)
         if not path.is_file():
             raise InputError(f"{path} does not exist; make the latents first")
-        with _undamaged(path):
-            stream = safetensors.safe_open(path, "pt")
+        with undamaged(path):
+            stream: Any = safetensors.safe_open(path, "pt")
             header = dict(stream.metadata() or {})
             if header.get("made_of") != self._made_of(shard):
                 raise InputError(
@@ -180,10 +175,7 @@ class Latents:
                     "it again"
                 )
             slices = {name: stream.get_slice(name) for name in ("mean", "std") if name in stream.keys()}  # noqa: SIM118
-            self._opened[shard] = _Shard(path, slices, json.loads(header["values"]))
-        if len(self._opened) > _OPEN:
-            self._opened.popitem(last=False)
-        return self._opened[shard]
+            return _Shard(path, slices, json.loads(header["values"]))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:05d}.safetensors"
@@ -193,15 +185,6 @@ class Latents:
         names = [self.images.name(item) for item in range(shard * SHARD, min(len(self), (shard + 1) * SHARD))]
         known = [self._maker, self.size, self.posterior, self._shape, names]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """Turns what a damaged file raises in the block into an ``InputError``."""
-    try:
-        yield
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
 
 
 def channels(pipe: Any) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,6 +24,7 @@ from ..samplers.network import denoisers
 from ..samplers.recording import record
 from .encoder import Encoder, Value
 from .export import call_arguments
+from .open_files import OPEN, undamaged
 
 SHARD = 256
 "Pairs in a file."
@@ -64,6 +66,7 @@ class Pairs:
         self.encoder, self.plan, self.values, self.folder = encoder, plan, tuple(values), folder
         self.count, self.seed = count, seed
         self._made_by = self._config()
+        self._open = lru_cache(OPEN)(self._read)  # a batch takes its rows from many files
 
     def __len__(self) -> int:
         return self.count
@@ -98,7 +101,7 @@ class Pairs:
         """
         for shard in range(-(-self.count // SHARD))[rank::world]:
             items = range(shard * SHARD, min(self.count, (shard + 1) * SHARD))
-            if self._path(shard).is_file() and len(self._read(shard, ...).x0) >= len(items):
+            if self._path(shard).is_file() and len(self._row(shard, ...).x0) >= len(items):
                 continue
             made: list[Pair] = []
             for first in range(0, len(items), batch_size):
@@ -107,6 +110,7 @@ class Pairs:
                 progress(len(some))
             tensors = {name: torch.cat([getattr(pair, name) for pair in made]) for name in Pair._fields}
             write_tensors(self._path(shard), tensors, {"made_by": self._header(shard)})
+            self._open.cache_clear()
 
     def get(self, items: Sequence[int]) -> Pair:
         """Some of the pairs.
@@ -114,7 +118,7 @@ class Pairs:
         Raises:
             InputError: when they are not made yet, or a file is damaged or foreign.
         """
-        rows = [self._read(*divmod(item, SHARD)) for item in items]
+        rows = [self._row(*divmod(item, SHARD)) for item in items]
         return Pair(torch.stack([row.start for row in rows]), torch.stack([row.x0 for row in rows]))
 
     def _sample(self, items: Sequence[int]) -> Pair:
@@ -127,22 +131,25 @@ class Pairs:
             raise InputError(f"the teacher makes NaN or infinity of one of the seeds from {self.seed + items[0]} on")
         return ends
 
-    def _read(self, shard: int, row: int | EllipsisType) -> Pair:
+    def _row(self, shard: int, row: int | EllipsisType) -> Pair:
         """One pair of a file, or all of them.
 
         Raises:
             InputError: when it is missing, damaged or foreign.
         """
+        opened = self._open(shard)
+        with undamaged(self._path(shard)):
+            return Pair(*(opened[name][row] for name in Pair._fields))
+
+    def _read(self, shard: int) -> dict[str, Any]:
         path = self._path(shard)
         if not path.is_file():
             raise InputError(f"{path} does not exist; make the pairs first")
-        try:
-            with safetensors.safe_open(path, "pt") as stream:
-                if (stream.metadata() or {}).get("made_by") != self._header(shard):
-                    raise InputError(f"{path} was made by another teacher, plan or seed; delete it and make it again")
-                return Pair(*(stream.get_slice(name)[row] for name in Pair._fields))
-        except (safetensors.SafetensorError, IndexError) as error:
-            raise InputError(f"{path} is corrupted ({error}); delete it and make it again") from None
+        with undamaged(path):
+            stream: Any = safetensors.safe_open(path, "pt")
+            if (stream.metadata() or {}).get("made_by") != self._header(shard):
+                raise InputError(f"{path} was made by another teacher, plan or seed; delete it and make it again")
+            return {name: stream.get_slice(name) for name in Pair._fields}
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"pairs-{shard:05d}.safetensors"

@@ -57,8 +57,10 @@ def listening(roles: Any) -> Iterator[list[Pass]]:
     @contextmanager
     def heard(name: str, **how: Any) -> Iterator[nn.Module]:
         def keep(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), (args, kwargs))
-            calls.append(Pass(name, *held, torch.is_grad_enabled(), how.get("frozen", False)))
+            positional, named = tree_map_only(
+                Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), (args, kwargs)
+            )
+            calls.append(Pass(name, positional, named, torch.is_grad_enabled(), how.get("frozen", False)))
 
         with use(name, **how) as network:
             handle = network.register_forward_pre_hook(keep, with_kwargs=True)
