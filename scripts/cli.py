@@ -30,8 +30,13 @@ COMMANDS: dict[str, Callable[[Namespace, str], int | None]] = {
 "Every command, and what runs it with its parsed flags and the command line, for an exit status if not 0."
 
 
-def make_parser() -> ArgumentParser:
-    """The parser of all commands."""
+def make_parser(words: Sequence[str] | None = None) -> ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        words: of the command line that it will read. The options of all methods of distillation take half a second to
+            make, and are left out where no word asks for them; None to leave out nothing.
+    """
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Sample diffusion models in few steps, and measure what that cost.",
@@ -48,7 +53,8 @@ def make_parser() -> ArgumentParser:
     add_search_actions(search)
     distill = distill_parser()
     commands.add_subcommand("distill", distill, help="train a student that samples in few steps")
-    add_distill_methods(distill)
+    if words is None or "distill" in words:
+        add_distill_methods(distill)
     plans = plans_parser()
     commands.add_subcommand("plans", plans, help="list, show and validate plans")
     add_plans_actions(plans)
@@ -60,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def command() -> int | None:
-        parsed = make_parser().parse_args(with_action(given))
+        parsed = make_parser(given).parse_args(with_action(given))
         return COMMANDS[parsed.command](parsed[parsed.command], shlex.join([PROGRAM, *given]))
 
     return exit_status(PROGRAM, command, "stopped; the same command continues where it stopped")

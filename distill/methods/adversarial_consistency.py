@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...samplers.process import Process
-from ..adversary import DISC, Adversary, heads_on
+from ..adversary import DISC, heads_on
 from ..method import METHODS, Loss, Moment
 from ..predict import Prediction
 from ..role_kinds import Kind
@@ -19,13 +19,13 @@ from ..schedule import Schedule, Stage
 from ..sources import Batch
 from ..spans import GridSpans, SpanLaw
 from ..team import Team
-from ..terms import GAN_LOSSES
+from .adversarial import Adversarial
 from .matching import Distilling
 from .multistep import MultistepOnGrid
 
 
 @METHODS.register("adversarial-consistency")
-class AdversarialConsistency(MultistepOnGrid, Distilling):
+class AdversarialConsistency(MultistepOnGrid, Distilling, Adversarial):
     """Latent consistency distillation whose jumps also pass for data, as OSV's second stage (arXiv:2409.11367).
 
     The discriminator is heads on the frozen teacher, which is shown the student's jump and the data under new noise.
@@ -40,12 +40,6 @@ class AdversarialConsistency(MultistepOnGrid, Distilling):
     gan_weight: float = Field(default=0.1, gt=0, description="Of the adversarial term beside the match.")
     gan_loss: str = Field(default="hinge", description="hinge, saturating-hinge, softplus or least-squares.")
     feature_maps: int = Field(default=4, ge=1, description="Blocks of the teacher that the discriminator looks at.")
-
-    @field_validator("gan_loss")
-    @classmethod
-    def _known_loss(cls, name: str) -> str:
-        GAN_LOSSES[name]
-        return name
 
     def spans(self, process: Process, moment: Moment) -> SpanLaw:
         """Neighbours on the grid, and clean data."""
@@ -72,7 +66,7 @@ class AdversarialConsistency(MultistepOnGrid, Distilling):
             return prediction
 
         match = self.match(batch, roles, moment, student)
-        adversary = Adversary(roles, batch.condition, moment, self.feature_maps, GAN_LOSSES[self.gan_loss]())
+        adversary = self.adversary(batch, roles, moment)
         gan = adversary.student(jumps[0])
         parts = {"match": match.detach(), "gan": gan.detach()}
         yield Loss("jump", "student", match + self.gan_weight * gan, parts)

@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...samplers import Plan
 from ...samplers.errors import InputError
 from ...samplers.process import Process
-from ..adversary import DISC, Adversary, heads_on
+from ..adversary import DISC, heads_on
 from ..deploy import consistency_plan
 from ..method import METHODS, Loss, Moment, Needs
 from ..role_kinds import Kind
@@ -21,13 +21,14 @@ from ..rollout import check_start
 from ..sources import Batch
 from ..spans import even_points
 from ..team import Team, noise_like
-from ..terms import DMD, GAN_LOSSES
+from ..terms import DMD
 from ..times import UniformTimes
+from .adversarial import Adversarial
 from .distribution import Distribution
 
 
 @METHODS.register("dmd2")
-class DMD2(Distribution):
+class DMD2(Distribution, Adversarial):
     """DMD2 (arXiv:2405.14867): the gap of DMD, an adversary on data, and a student that simulates its own sampling.
 
     The fake and the discriminator are updated in every turn, the student in every fifth, as in the paper. Its
@@ -43,14 +44,6 @@ class DMD2(Distribution):
         default=(), description="The times instead, noisiest first, in the scheduler's units."
     )
     gan_weight: float = Field(default=1e-3, ge=0, description="Of the adversarial term; 0 for none, and no data.")
-    gan_loss: str = Field(default="softplus", description="hinge, saturating-hinge, softplus or least-squares.")
-    feature_maps: int = Field(default=1, ge=1, description="Blocks of the teacher that the discriminator looks at.")
-
-    @field_validator("gan_loss")
-    @classmethod
-    def _known_loss(cls, name: str) -> str:
-        GAN_LOSSES[name]
-        return name
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
@@ -95,7 +88,7 @@ class DMD2(Distribution):
         loss = super().student_loss(batch, roles, moment, made)
         if not self.gan_weight:
             return loss
-        gan = self._adversary(batch, roles, moment).student(made)
+        gan = self.adversary(batch, roles, moment).student(made)
         value = loss.value + self.gan_weight * gan
         return Loss("distribution", "student", value, {"gap": loss.value.detach(), "gan": gan.detach()})
 
@@ -104,7 +97,4 @@ class DMD2(Distribution):
         yield from super().critic_losses(batch, roles, moment, made)
         if self.gan_weight:
             assert batch.x0 is not None
-            yield Loss("gan", DISC, self._adversary(batch, roles, moment).discriminator(batch.x0, made))
-
-    def _adversary(self, batch: Batch, roles: Team, moment: Moment) -> Adversary:
-        return Adversary(roles, batch.condition, moment, self.feature_maps, GAN_LOSSES[self.gan_loss]())
+            yield Loss("gan", DISC, self.adversary(batch, roles, moment).discriminator(batch.x0, made))
