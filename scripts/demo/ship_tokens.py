@@ -6,10 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
+from fewstep.eval.tokens import TASKS
 from fewstep.samplers.files import read_json, write_json, write_text
 from fewstep.samplers.tokens import TransformersCausal, TransformersDenoiser, load_causal, load_denoiser
 from fewstep.scripts.demo.ship_teachers import parameters
-from fewstep.scripts.demo.token_data import TASKS, VOCABULARY
+from fewstep.scripts.demo.token_data import VOCABULARY
 from fewstep.scripts.demo.train_tokens import BLOCK, KINDS, TOKENS, save_model
 from fewstep.scripts.demo.trainer import read_header
 
@@ -36,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained("eval/demo/tokens/{kind}")
 ```
 
 * Prompts: `NAME ITEMS` and a newline, with NAME one of
-  {tasks}; or `verse ` and the first words of a verse. `fewstep.scripts.demo.token_data` makes and judges them.
+  {tasks}; or `verse ` and the first words of a verse. `fewstep.eval.tokens` makes and judges them.
 * Data: these tasks, generated without end, and the King James Bible (1611; its copyright has expired) as Debian's
   package `bible-kjv-text` has it, without every fiftieth verse.
 * Training: {steps} steps of {tokens:,} tokens, AdamW, cosine decay from {lr}, averaged weights (decay {ema}),

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from fewstep.eval.tokens import TASKS, Example
 
 EOS, MASK, BOS, UNKNOWN = 0, 1, 2, 3
 "Ids of the special tokens."
@@ -42,127 +41,6 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and one of its right answers, which ends with the end token."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A rule from prompts to right answers, each equally likely.
-
-    Attributes:
-        name: first word of its prompts.
-        make: an example with some number of items.
-        right: whether an answer (n characters, without what follows the end) is right.
-        fewest: items of an example.
-        most: items of an example.
-    """
-
-    name: str
-    make: Callable[[random.Random, int], Example]
-    right: Callable[[str, str], bool]
-    fewest: int = 3
-    most: int = 10
-
-    def example(self, draw: random.Random, room: int = 256) -> Example:
-        """An example of any size that fits into ``room`` tokens, with the one that ends its answer."""
-        while True:
-            example = self.make(draw, draw.randint(self.fewest, self.most))
-            if len(example.prompt) + len(example.answer) < room:
-                return example
-
-
-def _items(draw: random.Random, count: int) -> str:
-    """Letters that all differ."""
-    return "".join(draw.sample(string.ascii_lowercase, count))
-
-
-def _certain(name: str, rule: Callable[[str], str]) -> Task:
-    """A task with one right answer to a list of items."""
-
-    def make(draw: random.Random, count: int) -> Example:
-        items = _items(draw, count)
-        return Example(f"{name} {items}\n", rule(items))
-
-    return Task(name, make, lambda prompt, answer: answer == rule(prompt.split()[1]), most=24)
-
-
-def _replace_index() -> Task:
-    def rule(items: str, where: int, word: str) -> str:
-        return items[:where] + word + items[where + 1 :]
-
-    def make(draw: random.Random, count: int) -> Example:
-        items, where, word = _items(draw, count), draw.randrange(count), draw.choice(string.ascii_uppercase)
-        return Example(f"replace-index {items} {where}{word}\n", rule(items, where, word))
-
-    def right(prompt: str, answer: str) -> bool:
-        _, items, asked = prompt.split()
-        return answer == rule(items, int(asked[0]), asked[1])
-
-    return Task("replace-index", make, right)
-
-
-def _replace_random() -> Task:
-    def make(draw: random.Random, count: int) -> Example:
-        items, where, word = _items(draw, count), draw.randrange(count), draw.choice(string.ascii_uppercase)
-        return Example(f"replace-random {items} {word}\n", items[:where] + word + items[where + 1 :])
-
-    def right(prompt: str, answer: str) -> bool:
-        _, items, word = prompt.split()
-        return answer in {items[:where] + word + items[where + 1 :] for where in range(len(items))}
-
-    return Task("replace-random", make, right)
-
-
-def _shuffle() -> Task:
-    def make(draw: random.Random, count: int) -> Example:
-        items = _items(draw, count)
-        return Example(f"shuffle {items}\n", "".join(draw.sample(items, count)))
-
-    return Task("shuffle", make, lambda prompt, answer: sorted(answer) == sorted(prompt.split()[1]))
-
-
-@cache
-def latin_squares(order: int) -> tuple[str, ...]:
-    """All Latin squares, row by row: 12 of order 3, 576 of order 4."""
-    rows = ["".join(row) for row in permutations("abcd"[:order])]
-    squares = ("".join(square) for square in product(rows, repeat=order))
-    return tuple(s for s in squares if all(len(set(s[column::order])) == order for column in range(order)))
-
-
-def _latin(order: int) -> Task:
-    def make(draw: random.Random, count: int) -> Example:
-        return Example(f"latin-{order}\n", draw.choice(latin_squares(order)))
-
-    return Task(f"latin-{order}", make, lambda prompt, answer: answer in latin_squares(order), order**2, order**2)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        _certain("copy", lambda items: items),
-        _certain("reverse", lambda items: items[::-1]),
-        _certain("sort", lambda items: "".join(sorted(items))),
-        _replace_index(),
-        _replace_random(),
-        _shuffle(),
-        _latin(3),
-        _latin(4),
-    )
-}
-"""By name. Items are letters that all differ; the word that replaces one is a capital."""
-
-
-def examples(task: str, count: int, seed: int) -> list[Example]:
-    """Examples of one task, the same for the same seed."""
-    draw = random.Random(f"{task} {seed}")
-    return [TASKS[task].example(draw) for _ in range(count)]
 
 
 def read_verses(path: Path) -> list[str]:

@@ -1,0 +1,109 @@
+"""The tasks with known answers, and the questions of a bench."""
+
+import json
+import math
+import random
+
+import pytest
+
+from fewstep.eval.tokens import TASKS, file_questions, read_questions, task_questions
+from fewstep.eval.tokens.tasks import latin_squares
+from fewstep.samplers import InputError
+
+
+def examples(name, count, seed):
+    draw = random.Random(seed)
+    return [TASKS[name].example(draw) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_hold_their_own_answers_right_and_others_wrong(name):
+    task = TASKS[name]
+    drawn = examples(name, 200, seed=1)
+    sizes = {len(example.answer) for example in drawn}
+    assert (min(sizes), max(sizes)) == (task.fewest, task.most)
+    for example in drawn:
+        answer = example.answer
+        assert example.prompt.startswith(f"{name}")
+        assert task.right(example.prompt, answer)
+        for wrong in (answer[:-1], answer + answer[0], answer[0] * 2 + answer[2:], ""):
+            assert not task.right(example.prompt, wrong)
+    assert all(len(TASKS[name].example(random.Random(seed), 40).prompt) < 40 for seed in range(20))
+
+
+RULES = {
+    "copy": lambda items, _: {items},
+    "reverse": lambda items, _: {"".join(reversed(items))},
+    "sort": lambda items, _: {"".join(sorted(items))},
+    "replace-index": lambda items, word: {"".join(word[1] if i == int(word[0]) else c for i, c in enumerate(items))},
+    "replace-random": lambda items, word: {items.replace(c, word) for c in items},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_answers_come_from_the_rule_and_cover_it(name):
+    seen, possible = set(), set()
+    for example in examples(name, 100, seed=3):
+        items, word = [*example.prompt.split()[1:], None][:2]
+        right = RULES[name](items, word)
+        assert example.answer in right
+        seen.add(example.answer)
+        possible |= right
+    assert name == "replace-random" or seen == possible
+
+
+def test_open_tasks_draw_every_answer():
+    assert (len(latin_squares(3)), len(latin_squares(4))) == (12, 576)
+    drawn = examples("latin-3", 300, 0)
+    squares = {tuple(e.prompt.split()[1].index(c) for c in e.answer) for e in drawn}
+    assert len(squares) == 12
+    assert not TASKS["latin-3"].right("latin-3 xyz\n", "xyzzxyxyz")
+    three = [example for example in examples("shuffle", 400, 0) if len(example.answer) == 3]
+    orders = {tuple(example.prompt.split()[1].index(c) for c in example.answer) for example in three}
+    assert len(orders) == math.factorial(3)
+
+
+def test_a_seed_is_a_question_whoever_else_is_asked():
+    asked = task_questions(range(100, 132))
+    assert [question.task for question in asked] == [tuple(TASKS)[seed % 8] for seed in range(100, 132)]
+    assert [question.prompt for question in task_questions([117])] == [asked[17].prompt]
+    assert len({question.prompt for question in asked}) == 32
+    assert {question.task for question in task_questions(range(9), ["sort", "copy"])} == {"sort", "copy"}
+    for question in asked:
+        rule = TASKS[question.task]
+        assert question.accepts("") is rule.right(question.prompt, "") is False
+
+
+def test_questions_of_a_file_come_in_turn(tmp_path):
+    lines = [
+        {"task": "sum", "prompt": "1+1=", "answers": ["2", "two"]},
+        {"task": "say", "prompt": "hi", "answers": ["ho"]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    asked = file_questions(read_questions(path), range(4, 7))
+    assert [(question.task, question.prompt, question.seed) for question in asked] == [
+        ("sum", "1+1=", 4), ("say", "hi", 5), ("sum", "1+1=", 6),
+    ]  # fmt: skip
+    assert asked[0].accepts(" two\n")
+    assert not asked[0].accepts("3")
+    assert not asked[1].accepts("2")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "holds no question; write lines such as"),
+        ("{", "line 1 is not JSON"),
+        ('{"task": "a", "prompt": "b"}', "line 1: answers: Field required"),
+        ('{"task": "a", "prompt": "b", "answers": []}', "line 1: answers"),
+        ('\n{"task": "a", "prompt": "", "answers": ["c"]}', "line 2: prompt"),
+    ],
+)
+def test_bad_files_of_questions_are_refused(tmp_path, text, problem):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=problem):
+        read_questions(path)
+    with pytest.raises(InputError, match="cannot read"):
+        read_questions(tmp_path / "absent.jsonl")
