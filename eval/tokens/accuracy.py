@@ -1,0 +1,65 @@
+"""Shares of right answers: by task, of the worst task, and on average over tasks, with their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..jackknife import Estimate
+from .answers import Answer
+
+
+def share(right: int, asked: int) -> Estimate:
+    """The share of right answers.
+
+    Its error is that of the adjusted share, with two right and two wrong answers more (Agresti and Coull, 1998), so
+    that it is above 0 also where all answers are right.
+    """
+    adjusted = (right + 2) / (asked + 4)
+    return Estimate(right / asked, math.sqrt(adjusted * (1 - adjusted) / (asked + 4)), asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares of right answers.
+
+    Attributes:
+        tasks: the share of each task, by name.
+    """
+
+    tasks: Mapping[str, Estimate]
+
+    @property
+    def worst_task(self) -> str:
+        """The task with the smallest share, the first of those that have it."""
+        return min(self.tasks, key=lambda name: self.tasks[name].value)
+
+    @property
+    def worst(self) -> Estimate:
+        """The share of the worst task."""
+        return self.tasks[self.worst_task]
+
+    @property
+    def mean(self) -> Estimate:
+        """The average over tasks, each with the same weight."""
+        shares = list(self.tasks.values())
+        return Estimate(
+            math.fsum(each.value for each in shares) / len(shares),
+            math.sqrt(math.fsum(each.se**2 for each in shares)) / len(shares),
+            sum(each.n for each in shares),
+        )
+
+
+def accuracy_of(counts: Mapping[str, tuple[int, int]]) -> Accuracy:
+    """The accuracy from right answers and questions asked, by task."""
+    return Accuracy({task: share(*count) for task, count in counts.items()})
+
+
+def accuracy(answers: Iterable[Answer]) -> Accuracy:
+    """The accuracy of some answers, with their tasks in order of their names."""
+    counts: dict[str, tuple[int, int]] = {}
+    for answer in answers:
+        right, asked = counts.get(answer.task, (0, 0))
+        counts[answer.task] = (right + answer.right, asked + 1)
+    return accuracy_of(dict(sorted(counts.items())))
