@@ -109,8 +109,8 @@ class TuningSpans(SpanLaw):
 
     With u = sigma/alpha, r is at max(0, 1 - n(u) / q^(stage + 1)) u, n(u) = 1 + k sigmoid(-b u): the first stages
     have r = 0 for small u, which is plain denoising, and from stage to stage r nears t. An r below the process's
-    cleanest time is clean data: no network is asked there, and the gap is never 0. The paper's exponent is the
-    number of doublings of the stage; the released code's stage begins at 0, and is followed.
+    cleanest time is clean data: no network is asked there, and the gap is never 0. The exponent is that of the
+    released code, whose stages are counted from 0.
 
     Args:
         times: law of t.

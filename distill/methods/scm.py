@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -31,8 +30,7 @@ class SCM(Method):
     shows: widen ``difference`` to 1e-2 for bfloat16, and leave TF32 off.
 
     The paper learns the logarithm of the loss's size at each time beside the student, which evens the times out. Since
-    the tangent is normalised, what it learns is known: that size is 1 / tan of the angle. It is taken out here, without
-    a second network.
+    the tangent is normalised, that size is much the same at all times, and there is no second network here.
     """
 
     type: Literal["scm"] = "scm"
@@ -75,4 +73,4 @@ class SCM(Method):
         tangent = Tangent(process, self.difference, self.tangent_c)
         with roles.paired_noise():
             loss = tangent(roles.denoiser("student", batch.condition), path, x_t, t, warmup=warmup)
-        yield Loss("tangent", "student", loss * torch.atan2(process.sigma(t), process.alpha(t)).tan().to(loss))
+        yield Loss("tangent", "student", loss)

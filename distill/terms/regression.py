@@ -32,7 +32,7 @@ class Regression:
     ==========================  ==========================  =========================================================
     reflow (arXiv:2209.03003)   ``flow_prediction``         (x0, noise) of a pair that the teacher made
     InstaFlow (2309.06380)      ``sample``                  the same, at the time of noise alone
-    guided (2210.03142)         ``epsilon``                 the teacher's guided prediction at the same state
+    guided (2210.03142)         the network's own           the teacher's guided prediction at the same state
     progressive (2202.00512)    ``sample``                  `progressive_goal` of two steps of the teacher
     critic                      any                         (x, noise) of the student's sample: `DSM`
     ==========================  ==========================  =========================================================

@@ -42,11 +42,11 @@ class Tangent:
     data, and F- without gradient::
 
         g = -cos^2(a) (F- - dz/da) - warmup cos(a) sin(a) (z + dF-/da),   then g / (||g|| + c)
-        loss = exp(-v) / (D tan(a)) ||F - F- - g||^2 + v
+        loss = exp(-v) / D ||F - F- - g||^2 + v
 
-    g is cos(a) df/da, and vanishes where f is constant along the path: at the consistency function. v is an optional
-    learned log-variance. ||g|| is over the whole sample, as the paper's algorithm and diffusers' Sana-Sprint script
-    have it.
+    g is cos(a) df/da, and vanishes where f is constant along the path: at the consistency function. The paper's prior
+    weight 1 / tan(a) is in it; diffusers' Sana-Sprint script divides the loss by tan(a) once more. v is an optional
+    learned log-variance, the paper's with the other sign. ||g|| is over the whole sample, as both have it.
 
     Args:
         process: the noise levels.
@@ -95,8 +95,7 @@ class Tangent:
         if not math.isinf(self.c):
             norm = torch.linalg.vector_norm(g.flatten(1), dim=1).view(-1, *(1,) * (g.ndim - 1))
             g = g / (norm + self.c)
-        error = (predicted - predicted.detach() - g).flatten(1).square().mean(dim=1)
-        loss = error / angle.tan().to(error)
+        loss = (predicted - predicted.detach() - g).flatten(1).square().mean(dim=1)
         return loss if log_variance is None else loss * (-log_variance).exp() + log_variance
 
     @torch.no_grad()
