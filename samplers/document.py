@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,6 +31,30 @@ class Document(BaseModel):
     def folder(self) -> Path | None:
         """The folder of the file that the document was loaded from, where the files that it names are."""
         return self._folder
+
+    def beside(self, folder: str | Path) -> Self:
+        """This document as one that was loaded from ``folder``, where the files that it names are."""
+        other = self.model_copy()
+        other._folder = Path(folder).resolve()
+        return other
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Files and folders that the document names."""
+        return ()
+
+    def file_digests(self) -> dict[str, str]:
+        """sha256 of the files that it names, by name; those that are not there (handed over instead) are left out."""
+        if self.folder is None:
+            return {}
+        found: dict[str, str] = {}
+        for name in self.file_names:
+            path = self.folder / name
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        found[str(file.relative_to(self.folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return found
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same, wherever they were loaded from."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -51,18 +50,10 @@ class Plan(Document):
     tuned_for: TunedFor | None = Field(default=None, description="What it was made on.")
     evidence: tuple[Evidence, ...] = Field(default=(), description="What was measured.")
 
-    def file_digests(self) -> dict[str, str]:
-        """sha256 of the files that the parts read, by name; those that are not there (handed over instead) left out."""
-        if self.folder is None:
-            return {}
-        found: dict[str, str] = {}
-        for name in (name for part in self.parts for name in part.files):
-            path = self.folder / name
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    with file.open("rb") as stream:
-                        found[str(file.relative_to(self.folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return found
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Files and folders beside the plan that its parts read."""
+        return tuple(name for part in self.parts for name in part.files)
 
     @property
     def placed(self) -> tuple[tuple[str, Part], ...]:

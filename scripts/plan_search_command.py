@@ -11,6 +11,7 @@ from typing import Any
 from ..eval.assets import reference_plan
 from ..eval.baselines import baseline_rows
 from ..samplers import InputError, Plan, RuleGrid, SpacingGrid
+from ..samplers.document import Document
 from ..samplers.files import atomic_path
 from ..search import PRESETS, Judges, Limit, Objective, SearchSetting, Space, search, write_search_report
 from ..search.optuna_samplers import STOPS_NONE
@@ -85,10 +86,10 @@ def _rivals(pipe: Any, base: Plan, steps: int) -> dict[str, Plan]:
     return found
 
 
-def copy_files(plan: Plan, folder: Path) -> None:
-    """Copies the files that a plan names from beside it into a folder."""
-    for name in plan.file_digests():
-        if plan.folder is not None and (source := plan.folder / name) != (folder / name).resolve():
+def copy_files(document: Document, folder: Path) -> None:
+    """Copies the files that a plan or a recipe names from beside it into a folder."""
+    for name in document.file_digests():
+        if document.folder is not None and (source := document.folder / name) != (folder / name).resolve():
             with atomic_path(folder / name) as path:
                 shutil.copyfile(source, path)
 

@@ -30,6 +30,11 @@ class Learned(Unmask):
     length: int = Field(default=32, ge=1, description="Positions of the blocks that the filter is made for.")
     threshold: float = Field(default=0.9, ge=0, le=1, description="Probability of being final.")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The filter's weights."""
+        return (self.file,)
+
     def check(self, recipe: Recipe) -> None:
         """Blocks have to be those of the filter."""
         length = getattr(recipe.blocks, "inner", getattr(recipe.blocks, "length", None))

@@ -89,6 +89,11 @@ class Recipe(Document):
         return tuple(policy for field in SLOTS for policy in self._members(field))
 
     @property
+    def file_names(self) -> tuple[str, ...]:
+        """Files beside the recipe that its policies read."""
+        return tuple(name for policy in self.policies for name in policy.files)
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Names of the further evaluations that logits processors ask for."""
         return tuple(dict.fromkeys(name for processor in self.logits for name in processor.branches))

@@ -83,6 +83,11 @@ class Choice:
 class Policy(Member):
     """What fills a slot."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files beside the recipe that this policy reads."""
+        return ()
+
     def check(self, recipe: Recipe) -> None:
         """Raises `InputError` when this policy cannot work with the rest of ``recipe``."""
 
