@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -87,14 +88,17 @@ class Lora:
 def default_targets(network: nn.Module, modulation: bool = False) -> tuple[str, ...]:
     """The layers that an adapter of ``network`` adapts when none are named, by their full names.
 
-    Of a U-Net those of ``UNET_LAYERS``; of a transformer the layers of attention and feed-forward networks in its
-    blocks, and with ``modulation`` those that scale and shift by the condition.
+    Of a U-Net those of ``UNET_LAYERS``, less those that AnimateDiff calls as adapters cannot be called; of a
+    transformer the layers of attention and feed-forward networks in its blocks, and with ``modulation`` those that
+    scale and shift by the condition.
 
     Raises:
         InputError: when it is neither.
     """
     if isinstance(getattr(network, "up_blocks", None), nn.ModuleList):
-        return tuple(name for name, module in network.named_modules() if _ends(name, UNET_LAYERS) and _plain(module))
+        layers = (name for name, module in network.named_modules() if _ends(name, UNET_LAYERS) and _plain(module))
+        refused = _by_keyword(network)
+        return tuple(name for name in layers if name not in refused)
     found = []
     for block in block_names(network):
         for name, module in network.get_submodule(block).named_modules():
@@ -107,7 +111,8 @@ def adapted_layers(network: nn.Module, setting: LoraSetting) -> tuple[str, ...]:
     """Full names of the layers that an adapter of this setting adapts, in the order of the network.
 
     Raises:
-        InputError: when a target is in no name, or a layer is neither linear nor a convolution of one group.
+        InputError: when a target is in no name, a layer is neither linear nor a convolution of one group, or is called
+            as adapters cannot be.
     """
     targets = setting.targets or default_targets(network)
     modules = {name: module for name, module in network.named_modules() if _ends(name, targets)}
@@ -121,6 +126,12 @@ def adapted_layers(network: nn.Module, setting: LoraSetting) -> tuple[str, ...]:
                 f"a LoRA cannot adapt {name}, a {type(module).__name__}; "
                 "name linear layers and convolutions of one group"
             )
+    refused = [name for name in _by_keyword(network) if name in modules]
+    if refused:
+        raise InputError(
+            f"a LoRA cannot adapt {refused[0]}, which AnimateDiff calls with input=, an argument that adapters do not "
+            "take; name layers by more of their names, or none at all"
+        )
     return tuple(modules)
 
 
@@ -155,6 +166,12 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 def adapter_layers(network: nn.Module) -> tuple[BaseTunerLayer, ...]:
     """The layers of a network that carry adapters."""
     return tuple(module for module in network.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _by_keyword(network: nn.Module) -> tuple[str, ...]:
+    """Layers that are called as ``layer(input=x)``, where PEFT's know ``x``: the projections of motion modules."""
+    modules = [name for name, module in network.named_modules() if isinstance(module, AnimateDiffTransformer3D)]
+    return tuple(f"{name}.{layer}" for name in modules for layer in ("proj_in", "proj_out"))
 
 
 def _ends(name: str, targets: tuple[str, ...]) -> bool:

@@ -26,6 +26,7 @@ FAMILIES = {
     "ddim": "peft",
     "stable-diffusion": "pipeline",
     "sdxl": "pipeline",
+    "animatediff": "pipeline",
     "dit": "peft",
     "sd3": "pipeline",
     "flux": "pipeline",

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from tiny import tiny_sd3, tiny_stable_diffusion, tiny_unet
 from torch import nn
+from zoo import ZOO
 
 from fewstep.distill.lora import LoraSetting, adapted_layers, default_targets
 from fewstep.distill.role_kinds import Adapter, Base, Ema, Extra, FullCopy
@@ -344,6 +345,20 @@ def test_default_targets():
     assert any(name.endswith("add_k_proj") for name in default_targets(joint))
     assert not any("norm" in name for name in default_targets(joint))
     assert len(adapted_layers(dit(), LoraSetting(1, 1, ("to_q",)))) == 2
+
+
+def test_motion_modules_are_adapted_but_for_what_they_call_by_keyword():
+    unet = ZOO["animatediff"].build().unet
+    layers = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    left = {name for name in layers - set(default_targets(unet)) if "motion_modules" in name}
+    assert left
+    assert left == {name for name in layers if "motion_modules" in name and ".proj_" in name}
+    words = r"cannot adapt \S*motion_modules\.0\.proj_in, which AnimateDiff calls with input=.*; name layers by more"
+    with pytest.raises(InputError, match=words):
+        adapted_layers(unet, LoraSetting(1, 1, ("proj_in",)))
+    spatial = adapted_layers(unet, LoraSetting(1, 1, ("attentions.0.proj_in",)))
+    assert spatial
+    assert all(".motion_modules." not in name for name in spatial)
 
 
 def test_an_adapter_cannot_be_called_what_torch_keeps_for_itself():
