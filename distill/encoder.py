@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..eval.conditions import check_labels
 from ..eval.generate import PER_IMAGE_ARGUMENTS
 from ..samplers.errors import InputError
 from ..samplers.fingerprint import fingerprint
@@ -103,6 +104,8 @@ class Encoder:
             given = {int: "label", str: "prompt"}.get(type(wrong), "sample without a condition")
             shown = "" if wrong is None else f" {wrong!r}"
             raise InputError(f"{type(self.pipe).__name__} takes {takes}; got the {given}{shown}")
+        if self.kind == "labels":
+            check_labels(self.pipe, [value for value in values if isinstance(value, int)])
 
     def encode(self, values: Sequence[Value]) -> Condition:
         """The condition of samples of these values, on the CPU.

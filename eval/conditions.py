@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers.models.embeddings import LabelEmbedding
+
 from ..samplers.errors import InputError
+from ..samplers.network import denoisers
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def conditions_for(pipe: Any, *, class_labels: Sequence[int] = (), prompts: Path
         prompts: text file with one prompt a line.
 
     Raises:
-        InputError: when the pipeline takes other conditions than those given, or needs some.
+        InputError: when the pipeline takes other conditions than those given, or needs some, or does not know a label.
     """
     arguments = inspect.signature(pipe.__call__).parameters
     name = type(pipe).__name__
@@ -67,6 +70,7 @@ def conditions_for(pipe: Any, *, class_labels: Sequence[int] = (), prompts: Path
     if prompts is not None and "prompt" not in arguments:
         raise InputError(f"--prompts: {name} takes no prompts; leave the option out")
     if "class_labels" in arguments:
+        check_labels(pipe, class_labels)
         return Conditions("labels", tuple(class_labels) or _named_labels(pipe))
     if "prompt" in arguments:
         if prompts is None:
@@ -75,6 +79,22 @@ def conditions_for(pipe: Any, *, class_labels: Sequence[int] = (), prompts: Path
     if "batch_size" not in arguments:
         raise InputError(f"{name} takes neither class labels, prompts nor a batch size; fewstep cannot drive it")
     return Conditions("none")
+
+
+def check_labels(pipe: Any, labels: Sequence[int]) -> None:
+    """Refuses class labels that the pipeline's network has no row for; that of no class is one of its rows.
+
+    Raises:
+        InputError: for the first of them.
+    """
+    network = next(iter(denoisers(pipe).values()))
+    table = next((part.embedding_table for part in network.modules() if isinstance(part, LabelEmbedding)), None)
+    wrong = [label for label in labels if table is not None and not 0 <= label < table.num_embeddings]
+    if wrong:
+        raise InputError(
+            f"the network of {type(pipe).__name__} has a table of {table.num_embeddings} labels, "
+            f"0 to {table.num_embeddings - 1}; got the label {wrong[0]}"
+        )
 
 
 def _named_labels(pipe: Any) -> tuple[int, ...]:

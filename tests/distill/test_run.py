@@ -196,6 +196,7 @@ BEFORE_WORK = {
     "embedding": ("guided", {}, {"teacher_samples": 2}, "has no input for the guidance scale; set embed_guid"),
     "layers": ("lcm-lora", {}, {"teacher_samples": 2, "lora_targets": ("to_x",)}, "layer of .* 'to_x'; did you mean "),
     "labels": ("lcm", {}, {"teacher_samples": 2, "class_labels": ()}, "DiTPipeline names no labels; give them as"),
+    "no such label": ("lcm", {}, {"teacher_samples": 2, "class_labels": (7, 2000)}, "0 to 1000; got the label 2000"),
     "prompts": ("lcm", {}, {"teacher_samples": 2, "prompts": "some.txt"}, "DiTPipeline takes no prompts; leave"),
     "argument": ("lcm", {}, {"teacher_samples": 2, "call_kwargs": ("widht=8",)}, "unknown argument of DiTPipeline 'wi"),
     "pipe": ("lcm", {}, {"teacher_samples": 2, "pipe": "nowhere"}, "--pipe nowhere is not a folder; give a diffusers"),

@@ -361,6 +361,10 @@ def test_words_of_latents(tmp_path):
     (folder / "1" / "b.txt").write_text("a cat")
     with pytest.raises(InputError, match=r"takes class labels; got the prompt 'a cat' of .*b\.png"):
         of(where="other").make()
+    more = save_images(tmp_path / "more", ["3/a.png", "1001/b.png"])
+    foreign = Latents(encoder, open_images(str(more)), tmp_path / "foreign", (8, 8))
+    with pytest.raises(InputError, match=r"a table of 1001 labels, 0 to 1000; got the label 1001 of .*b\.png"):
+        foreign.make()
     with pytest.raises(InputError, match="images have 4 channels; fewstep reads images of 1 or 3"):
         to_pixels(Image.new("L", (8, 8)), (8, 8), 4)
 

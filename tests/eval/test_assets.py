@@ -101,6 +101,14 @@ def test_conditions_that_do_not_fit_the_pipeline(tmp_path):
         conditions_for(tiny_dit(), class_labels=[1], prompts=tmp_path / "p.txt")
 
 
+@pytest.mark.parametrize("label", [-1, 1001])
+def test_labels_that_the_network_has_no_row_for(label):
+    words = f"the network of DiTPipeline has a table of 1001 labels, 0 to 1000; got the label {label}"
+    with pytest.raises(InputError, match=f"^{words}$"):
+        conditions_for(tiny_dit(), class_labels=[3, label])
+    assert conditions_for(tiny_dit(), class_labels=[0, 999, 1000]).values == (0, 999, 1000)
+
+
 def test_labels_that_the_pipeline_names():
     pipe = tiny_dit()
     pipe.labels = {"shirt": 6, "bag": 8, "t-shirt": 0, "top": 0}
