@@ -121,7 +121,7 @@ class Found:
         baselines: what the plan is compared with, by name.
         teacher: the plan that it is to come near; None without one.
         transfers: the plan, and others beside it, in other settings.
-        spent: rows that went through the network to measure, the teacher's included.
+        spent: rows that went through the network to measure, the teacher's included, over all sittings.
         seconds: time from start to end, over all sittings.
         settings: what it was searched with, as JSON data; the report leads with ``pipe``, ``steps``, ``objective``,
             ``limits``, ``space``, ``seeds`` and ``fresh_seeds`` (first, and one past the last).

@@ -15,10 +15,10 @@ from .evolution import EvolutionSampler
 from .proposals import Constraints
 from .trust_region import TrustRegionSampler
 
-MakeSampler = Callable[[int, Plan, Constraints | None], BaseSampler]
+NamedSampler = Callable[[int, Plan, Constraints | None], BaseSampler]
 """From a seed, the plan that the search begins with and how violated limits are read to a sampler."""
 
-OPTUNA_SAMPLERS: Registry[MakeSampler] = Registry("sampler of a search")
+OPTUNA_SAMPLERS: Registry[NamedSampler] = Registry("sampler of a search")
 
 STOPS_NONE = ("gp", "evolution")
 "Samplers whose candidates are all measured to the end."

@@ -23,7 +23,7 @@ from .found import Candidate, Found
 from .measure import CandidateError, Measured, Measurer
 from .objective import QUALITIES, Objective
 from .optuna_samplers import OPTUNA_SAMPLERS
-from .rounds import Round, read, scored, violations, written
+from .rounds import ROWS, Round, read, scored, violations, written
 from .space import Parameters, Space, plan_key
 from .study import KeepOn, Outcome, StudySetting, run_study
 from .study_storage import study_url
@@ -150,7 +150,7 @@ def search(
         front=tuple(replace(each, gap=fresh.gap(each.plan, best.plan)) for each in front),
         history=history,
         baselines=tuple(replace(each, gap=fresh.gap(each.plan, best.plan)) for each in others),
-        spent=spent + fresh.measurer.spent + proof.measurer.spent,
+        spent=spent + study.user_attrs.get(ROWS, 0),
         seconds=max(seconds, time.monotonic() - began),
         settings=settings,
         command=command,
@@ -238,11 +238,14 @@ class _Job:
         spent, began = measurer.spent, time.monotonic()
         measured: Measured | None = None
         failed = None
+        broken: tuple[float, ...] = ()
         try:
             for n in self.objective.rungs:
                 measured = measurer.measure(plan, n)
                 if n < self.objective.rungs[-1] and not keep_on(n, self.objective.loss(measured)):
                     break
+            if measured is not None:
+                broken = violations(self.objective, measured, measurer)
         except CandidateError as error:
             failed = error.reason
         notes: dict[str, Any] = {SPENT: measurer.spent - spent, SECONDS: time.monotonic() - began}
@@ -251,7 +254,6 @@ class _Job:
         values: tuple[float, ...] = (self.objective.loss(measured),)
         if self.objective.cost is not None:
             values += (measured.costs[self.objective.cost],)
-        broken = violations(self.objective, measured, measurer)
         return Outcome(values, broken, notes | {MEASURED: written(measured)})
 
     def start(self, start: Plan | Parameters) -> Parameters | None:

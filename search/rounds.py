@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from .found import Scored
 from .measure import CandidateError, Measured, Measurer
 from .objective import Objective
 from .space import plan_key
+
+ROWS = "rows of rounds"
+"User attribute of a study: network rows that its rounds took, in all sittings."
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Round:
         kept = self.study.user_attrs.get(name)
         if kept is None:
             try:
-                kept = written(self.measurer.measure(plan, self.n))
+                with self._counted():
+                    kept = written(self.measurer.measure(plan, self.n))
             except CandidateError as error:
                 raise InputError(f"{plan.name or 'a plan'} cannot be measured: {error.reason}") from error
             self.study.set_user_attr(name, kept)
@@ -53,7 +58,8 @@ class Round:
 
     def holds(self, measured: Measured) -> bool:
         """Whether a plan keeps to all limits on these samples."""
-        return all(violation <= 0 for violation in violations(self.objective, measured, self.measurer))
+        with self._counted():
+            return all(violation <= 0 for violation in violations(self.objective, measured, self.measurer))
 
     def gap(self, plan: Plan, best: Plan) -> Estimate | None:
         """Quality of a plan less that of the best one, paired; None for a quality that has no replicates."""
@@ -62,6 +68,17 @@ class Round:
             pair = paired_difference(ours, theirs)
             return Estimate(pair.value, pair.se, pair.n)
         return None
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Adds to the study what the measurer spends in the block."""
+        before = self.measurer.spent
+        try:
+            yield
+        finally:
+            rows = self.measurer.spent - before
+            if rows:
+                self.study.set_user_attr(ROWS, self.study.user_attrs.get(ROWS, 0) + rows)
 
 
 def violations(objective: Objective, measured: Measured, measurer: Measurer) -> tuple[float, ...]:

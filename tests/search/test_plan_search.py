@@ -9,7 +9,7 @@ import torch
 from mixture import mixture_call, mixture_pipeline
 
 from fewstep.eval import paired_difference
-from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan
+from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, denoisers
 from fewstep.search import Found, Limit, Objective, SearchSetting, Space, search, write_search_report
 from fewstep.search.measure import Measurer
 from fewstep.search.plan_search import FRESH, PROOF
@@ -148,6 +148,21 @@ def test_a_finished_search_is_not_measured_again(pipe, setting):
     assert again.history == first.history
     assert again.front == first.front
     assert not calls
+    assert again.spent == first.spent
+
+
+def test_what_was_spent_is_what_the_network_saw_in_all_sittings(pipe, setting):
+    """Also of a teacher that is timed for a limit alone, and of rounds that an earlier sitting measured."""
+    rows = []
+    (network,) = denoisers(pipe).values()
+    seen = network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    objective = Objective("relative_error", limits=(Limit.parse("latency_s<=1000*teacher"),), rungs=(16, 48))
+    try:
+        for trials in (3, 4):
+            found = run(pipe, replace(setting, trials=trials), objective=objective)
+            assert found.spent == sum(rows)
+    finally:
+        seen.remove()
 
 
 def test_more_trials_go_on_with_the_same_study(pipe, setting):
