@@ -43,6 +43,31 @@ def check_quantity(name: str) -> None:
         raise unknown_name("quantity", name, (*QUALITIES, *COSTS))
 
 
+def parse_limit(text: str, other: str, examples: tuple[str, str]) -> tuple[str, Relation, float, bool]:
+    """Quantity, relation, number, and whether the limit is that multiple of what ``other`` has.
+
+    Args:
+        text: such as ``fd<=1.02*teacher``; ``fd<=teacher`` is short for the factor 1.
+        other: whose multiples there are, ``teacher`` here.
+        examples: for the error message: a number, and a multiple.
+
+    Raises:
+        InputError: when it is not of that form.
+    """
+    match = re.fullmatch(rf"\s*([\w*]+)\s*(<=|>=)\s*(\S+?)\s*(\*\s*{other})?\s*", text)
+    quantity, relation, number, times = match.groups() if match else ("", "", "", None)
+    if number == other and times is None:
+        number, times = "1", number
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(
+            f"a limit is a quantity, <= or >=, and a number or a multiple of the {other}'s value, such as "
+            f"{examples[0]} or {examples[1]}; got {text!r}"
+        ) from None
+    return quantity, "<=" if relation == "<=" else ">=", value, times is not None
+
+
 @dataclass(frozen=True)
 class Limit:
     """A limit such as ``nfe<=5``, ``latency_s<=0.04``, ``fd<=1.02*teacher`` or ``class_accuracy>=0.98*teacher``.
@@ -82,18 +107,8 @@ class Limit:
         Raises:
             InputError: when it is not of that form, of an unknown quantity, or on the wrong side.
         """
-        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+?)\s*(\*\s*teacher)?\s*", text)
-        quantity, relation, number, times = match.groups() if match else ("", "", "", None)
-        if number == "teacher" and times is None:
-            number, times = "1", number
-        try:
-            value = float(number)
-        except ValueError:
-            raise InputError(
-                "a limit is a quantity, <= or >=, and a number or a multiple of the teacher's value, such as nfe<=5 or "
-                f"fd<=1.02*teacher; got {text!r}"
-            ) from None
-        return cls(quantity, "<=" if relation == "<=" else ">=", value, times is not None)
+        quantity, relation, value, of_teacher = parse_limit(text, "teacher", ("nfe<=5", "fd<=1.02*teacher"))
+        return cls(quantity, relation, value, of_teacher)
 
     def __str__(self) -> str:
         return f"{self.quantity}{self.relation}{self.value:g}{'*teacher' if self.of_teacher else ''}"
