@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +12,13 @@ from typing import Any
 
 from ..eval.assets import reference_plan
 from ..eval.baselines import baseline_rows
-from ..samplers import InputError, Plan, RuleGrid, SpacingGrid
+from ..samplers import InputError, Plan, RuleGrid, SpacingGrid, denoisers, fingerprint
 from ..samplers.document import Document
 from ..samplers.files import atomic_path
 from ..search import PRESETS, Judges, Limit, Objective, SearchSetting, Space, search, write_search_report
 from ..search.optuna_samplers import STOPS_NONE
 from ..search.presets import Beginning, preset_space, suggested_starts
+from ..search.space import plan_key
 from .search_options import PlanOptions
 from .search_setting import Setting, judges_of
 
@@ -42,7 +45,7 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
         if options.space
         else preset_space(pipe, base, preset)
     )
-    beginning = suggested_starts(pipe, space, setting.call, steps) if preset.suggests else Beginning(())
+    beginning = _beginning(setting, options, space, steps) if preset.suggests else Beginning(())
     rivals = _rivals(pipe, base, steps)
     found = search(
         pipe,
@@ -74,6 +77,20 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
     copy_files(found.plan, options.out.parent)
     setting.console.print(str(report), highlight=False, soft_wrap=True)
     return found.plan
+
+
+def _beginning(setting: Setting, options: PlanOptions, space: Space, steps: int) -> Beginning:
+    """The plans that the preset begins with; those of an earlier sitting of the search where there was one."""
+    weights = fingerprint(next(iter(denoisers(setting.pipe).values())))
+    axes, conditions = [axis.name for axis in space.axes], setting.conditions.to_json()
+    known = [weights, plan_key(space.base), axes, steps, setting.seed, conditions, setting.call_kwargs]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    path = options.folder / f"starts-{digest}.json"
+    if path.is_file():
+        return Beginning.load(path)
+    beginning = suggested_starts(setting.pipe, space, setting.call, steps)
+    beginning.save(path)
+    return beginning
 
 
 def _rivals(pipe: Any, base: Plan, steps: int) -> dict[str, Plan]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from ..samplers import DiffusersSolver, EpsilonScaling, InputError, Plan, RuleGrid, SpacingGrid
+from ..samplers.files import read_json, write_json
 from ..samplers.part import Part
 from .axes.solver import SolverAxis
 from .axes.steps import prepared
@@ -81,6 +83,23 @@ class Beginning:
 
     plans: tuple[Plan, ...]
     rows: int = 0
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON file."""
+        write_json(path, {"plans": [plan.to_json() for plan in self.plans], "rows": self.rows})
+
+    @classmethod
+    def load(cls, path: Path) -> Beginning:
+        """Reads what `save` wrote; the plans are beside no files.
+
+        Raises:
+            InputError: when the file cannot be read, or holds something else.
+        """
+        data = read_json(path)
+        try:
+            return cls(tuple(map(Plan.from_json, data["plans"])), int(data["rows"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path} holds no plans to begin with; delete it, and they are found again") from None
 
 
 def suggested_starts(pipe: Any, space: Space, call: Call, steps: int) -> Beginning:

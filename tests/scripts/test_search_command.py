@@ -11,7 +11,7 @@ from fewstep.eval.scorers import SCORERS
 from fewstep.samplers import Plan, attach
 from fewstep.samplers.errors import InputError
 from fewstep.scripts.cli import main
-from fewstep.search import Found
+from fewstep.search import Found, presets
 
 DIT = "demo:fashion-dit"
 
@@ -57,7 +57,7 @@ def test_aligner(tmp_path, pipe, capsys):
     assert run(pipe, plan).nfe == 4
 
 
-def test_plan(tmp_path, pipe, capsys):
+def test_plan(tmp_path, pipe, capsys, monkeypatch):
     """Without an action it is the plan that is searched; the same command goes on, and files travel with the plan."""
     teacher = plan_file(tmp_path / "teacher.json", grid=grid(4), guidance={"type": "constant", "scale": 1.5})
     out = tmp_path / "found" / "two.json"
@@ -74,9 +74,15 @@ def test_plan(tmp_path, pipe, capsys):
     assert found.spent > 0
     assert {candidate.title for candidate in found.baselines} == {"dpmpp-2m-2", "unipc-2", "unipc-karras-2"}
     assert run(pipe, plan).nfe <= 4
+    monkeypatch.setattr(presets, "suggest_grids", None)  # the teacher's trajectory is not recorded again
     assert main(["search", "plan", *arguments, "--out", str(out), "--trials", "5"]) == 0
     again = Found.load(out.with_suffix(".search") / "found.json")
     assert [candidate.plan for candidate in again.history[:4]] == [candidate.plan for candidate in found.history]
+    assert again.spent > found.spent
+    (starts,) = out.with_suffix(".search").glob("starts-*.json")
+    starts.write_text("{}")
+    assert main(["search", "plan", *arguments, "--out", str(out), "--trials", "5"]) == 2
+    assert f"{starts} holds no plans to begin with; delete it, and they are found again" in capsys.readouterr().err
 
 
 def test_plan_copies_the_files_that_it_names(tmp_path):
