@@ -18,7 +18,7 @@ from ..samplers.files import write_json, write_text
 from ..samplers.part import Slot
 from ..samplers.solver import scheduler_names
 from ..samplers.tokens import RECIPES
-from . import caches_doc, cli, distill_doc, samplers_doc, schedulers_doc, search_doc
+from . import caches_doc, cli, distill_doc, samplers_doc, schedulers_doc, search_doc, tokens_doc, tokens_picture
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- what works: generated -->", "<!-- end -->"
@@ -73,6 +73,8 @@ def main() -> None:
     write_text(ROOT / "docs" / "caches.md", caches_doc.document(ROOT / caches_doc.RESULTS))
     write_text(ROOT / "docs" / "distill.md", distill_doc.document(ROOT / samplers_doc.RESULTS))
     write_text(ROOT / "docs" / "search.md", search_doc.document(ROOT / samplers_doc.RESULTS))
+    write_text(ROOT / "docs" / "tokens.md", tokens_doc.document(ROOT / tokens_doc.RESULTS, ROOT / tokens_doc.FITTED))
+    tokens_picture.renew(ROOT / tokens_doc.RESULTS / tokens_doc.CACHES_FILE, ROOT / "docs")
 
 
 if __name__ == "__main__":

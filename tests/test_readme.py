@@ -16,6 +16,7 @@ from fewstep.eval.assets import demo_names
 from fewstep.samplers import CACHES, ModuleRows, Plan, Process, attach
 from fewstep.samplers.correction import CORRECTIONS
 from fewstep.samplers.grid import GRIDS
+from fewstep.samplers.tokens import UNMASKS
 from fewstep.scripts import cli, tables
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
 
 
 def test_the_methods_that_the_guide_adds_run(monkeypatch):
-    for registry in (GRIDS, CORRECTIONS, CACHES, METHODS):
+    for registry in (GRIDS, CORRECTIONS, CACHES, METHODS, UNMASKS):
         monkeypatch.setattr(registry, "_table", dict(registry._table))
     names = {}
     for example in blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):

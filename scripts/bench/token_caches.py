@@ -27,7 +27,8 @@ from torch import Tensor
 
 from fewstep.eval.environment import environment
 from fewstep.eval.record import digest
-from fewstep.eval.tokens import TASKS, Question, TokenModels, answers, load_token_models, task_questions
+from fewstep.eval.tokens import Question, TokenModels, answers, load_token_models, task_questions
+from fewstep.eval.tokens.accuracy import Accuracy, accuracy_of
 from fewstep.samplers.files import read_json, write_json, write_text
 from fewstep.samplers.tokens import Decoded, DecodeState, Denoiser, DenoiserSpec, Recipe, decode
 
@@ -165,30 +166,31 @@ def accuracy(right: Sequence[bool], tasks: Sequence[str], plain: Sequence[bool] 
 
     ``mean``, ``certain`` and ``dependent`` are means over tasks.
     """
-    by_task = {name: rows for name, rows in pools(tasks).items() if name in TASKS}
-
-    def mean(values: dict[str, list[float]]) -> list[float]:
-        total, errors = sum(value for value, _ in values.values()), sum(se**2 for _, se in values.values())
-        return rounded(total / len(values), math.sqrt(errors) / len(values))
-
-    def means(values: Sequence[float]) -> dict[str, Any]:
-        each = {name: _mean([values[row] for row in rows]) for name, rows in by_task.items()}
-        groups: dict[str, dict[str, list[float]]] = {"mean": each, "certain": {}, "dependent": {}}
-        for name, found in each.items():
-            groups["dependent" if name in DEPENDENT else "certain"][name] = found
-        return {"tasks": each} | {name: mean(group) for name, group in groups.items() if group}
-
-    found = means([float(value) for value in right])
-    found["worst"] = min(found["tasks"], key=lambda name: found["tasks"][name][0])
-    if plain is not None:
-        pairs = means([float(mine) - float(theirs) for mine, theirs in zip(right, plain, strict=True)])
-        found["less_uncached"] = {name: pairs[name] for name in ("mean", "certain", "dependent") if name in pairs}
+    by_task = {name: rows for name, rows in pools(tasks).items() if name in tasks}
+    groups = {"mean": list(by_task), "certain": [name for name in by_task if name not in DEPENDENT]}
+    groups["dependent"] = [name for name in by_task if name in DEPENDENT]
+    whole = accuracy_of({name: (sum(right[row] for row in rows), len(rows)) for name, rows in by_task.items()})
+    found: dict[str, Any] = {"tasks": {name: rounded(each.value, each.se) for name, each in whole.tasks.items()}}
+    found["worst"] = whole.worst_task
+    found["less_uncached"] = {}
+    for name, members in groups.items():
+        if members:
+            mean = Accuracy({member: whole.tasks[member] for member in members}).mean
+            found[name] = rounded(mean.value, mean.se)
+            if plain is not None:
+                pairs = {member: [(right[row], plain[row]) for row in by_task[member]] for member in members}
+                found["less_uncached"][name] = _less(pairs)
     return found
 
 
-def _mean(values: Sequence[float]) -> list[float]:
-    each = torch.tensor(values, dtype=torch.float64)
-    return share(each, torch.ones_like(each)) or [0.0, 0.0]
+def _less(pairs: dict[str, list[tuple[bool, bool]]]) -> list[float]:
+    """The mean over tasks of the mean difference of pairs, and its standard error."""
+    total, errors = 0.0, 0.0
+    for each in pairs.values():
+        values = torch.tensor([float(mine) - float(theirs) for mine, theirs in each], dtype=torch.float64)
+        total += float(values.mean())
+        errors += float(values.var()) / len(values) if len(values) > 1 else 0.0
+    return rounded(total / len(pairs), math.sqrt(errors) / len(pairs))
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,14 @@ FAMILIES: dict[str, Callable[[int], TokenCache]] = {
     "dkv PD": lambda every: DkvCache(refresh=every, keep_prompt=True),
     "free": lambda every: FreeCache(refresh=every, length=8),
     "similarity": lambda every: SimilarityCache(prompt_refresh=every, answer_refresh=every),
-    "refresh": lambda every: Refresh(prompt_refresh=every),
-    "refresh, answer too": lambda every: Refresh(prompt_refresh=every, answer_refresh=every, answer_at_block=False),
+    "refresh prompt": lambda every: Refresh(prompt_refresh=every),
+    "refresh answer": lambda every: Refresh(answer_refresh=every, answer_at_block=False),
+    "refresh prompt, answer fresh": lambda every: Refresh(prompt_refresh=every, answer_refresh=1),
 }
-"""Caches of a denoiser with full attention, by their interval."""
+"""Caches of a denoiser with full attention, by their interval.
+
+The last three have two parts, each with an interval of its own: the other one is evaluated where a block begins, or in
+every step. With equal intervals they are all but `dual`."""
 
 
 def _sweep(
@@ -101,8 +105,11 @@ def _sweep(
     longest: int = BLOCK,
     policies: tuple[Policy, ...] = BOTH,
 ) -> list[Case]:
+    def frozen(every: int) -> bool:
+        return family == "dkv PD" or (every == longest and family != "refresh answer")
+
     return [
-        Case(family, str(every), make(every), policies, every, family == "dkv PD" or every == longest, blocks)
+        Case(family, str(every), make(every), policies, every, frozen(every), blocks)
         for every in INTERVALS
         if every <= longest
     ]
@@ -140,11 +147,11 @@ def accuracy_cases(spec: DenoiserSpec) -> list[Case]:
         return [*none, *(case for case in followed if case.interval in (None, max(_intervals(followed))))]
     chosen = {
         *(f"{family} {BLOCK}" for family in ("prefix", "dual", "free")),
-        *("dual 4", "dkv 8", "dkv PD 8", "sub-block 8", "prompt-prefill", "dkv-greedy 2"),
-        *("refresh 1", "refresh 2", "refresh 4", "refresh 8"),
-        *(f"refresh by drift {limit:g}" for limit in DRIFTS),
+        *("dual 2", "dual 4", "dual 8", "dkv 8", "dkv PD 8", "sub-block 8", "prompt-prefill", "dkv-greedy 2"),
+        *("refresh prompt 1", "refresh prompt 4", "refresh answer 4", f"refresh prompt, answer fresh {BLOCK}"),
+        *(f"refresh by drift {limit:g}" for limit in DRIFTS[1:3]),
     }
-    rest = [Case("similarity", "as published", SimilarityCache(), frozen=True), Case("recap", "", Recap(), ("one",))]
+    rest = [Case("similarity", "of the paper", SimilarityCache(), frozen=True), Case("recap", "", Recap(), ("one",))]
     drawn = Case("none", "", NO_CACHE, ("random",))
     return [*none, drawn, *(case for case in followed if case.name in chosen), *rest]
 
