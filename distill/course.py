@@ -20,7 +20,7 @@ from ..samplers import ConstantGuidance, Plan, PlanWarning, Process, TunedFor, a
 from ..samplers.errors import InputError
 from .checkpoints import Checkpoints, check_run
 from .encoder import Encoder
-from .export import origin
+from .export import Student, origin
 from .guiding import guiding, refuse_unseen_guidance
 from .hub import refuse_logged_token
 from .loop import identity_of, refuse_sharding
@@ -75,6 +75,10 @@ class Course:
     call_kwargs: Mapping[str, Any]
     base: TunedFor
     identity: Mapping[str, Any]
+
+    def student(self, role: str) -> Student:
+        """A student of the method."""
+        return Student(self.pipe, self.component, self.team, role, self.method, self.plans)
 
 
 def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Accelerator | None = None) -> Course:

@@ -24,11 +24,36 @@ from .deploy import unguided
 from .export_lora import LoraFiles, export_lora
 from .method import Method
 from .role_kinds import Ema, lora_setting
-from .roles import Roles
 from .schedule import AVERAGE
 from .team import Team
 
 PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student among the networks of a run, and how it is sampled.
+
+    Attributes:
+        pipe: the teacher's pipeline.
+        component: name of the network in it.
+        team: the networks of the run.
+        role: the student.
+        method: that trains it.
+        plans: of `Method.plan`, by number of steps, the one that ships as ``plan.json`` first.
+    """
+
+    pipe: Any
+    component: str
+    team: Team
+    role: str
+    method: Method
+    plans: Mapping[int, Plan]
+
+    @property
+    def deployed_role(self) -> str:
+        """The role that it is sampled with: its average over the run where there is one, or itself."""
+        return AVERAGE if self.team.roles.kinds.get(AVERAGE) == Ema(self.role) else self.role
 
 
 @dataclass(frozen=True)
@@ -63,11 +88,6 @@ def origin(pipe: Any) -> TunedFor:
     return TunedFor(fingerprint=fingerprint(next(iter(denoisers(pipe).values()))), pipeline=type(pipe).__name__)
 
 
-def deployed_role(roles: Roles, role: str) -> str:
-    """The role that a student is sampled with: its average over the run where there is one, or itself."""
-    return AVERAGE if roles.kinds.get(AVERAGE) == Ema(role) else role
-
-
 def deployed_plan(pipe: Any, network: nn.Module, method: Method, plan: Plan) -> Plan:
     """A plan of ``method.plan`` for a pipeline: without guidance where the student has it in its weights.
 
@@ -94,17 +114,7 @@ def call_arguments(plan: Plan, call_kwargs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def export_student(
-    pipe: Any,
-    component: str,
-    team: Team,
-    role: str,
-    method: Method,
-    plans: Mapping[int, Plan],
-    folder: Path,
-    *,
-    base: TunedFor,
-    dtype: torch.dtype | None = None,
-    kohya: bool = False,
+    student: Student, folder: Path, *, base: TunedFor, dtype: torch.dtype | None = None, kohya: bool = False
 ) -> Export:
     """Writes a student: an adapter, or its network as ``save_pretrained`` does; and its plans.
 
@@ -113,12 +123,7 @@ def export_student(
     in ``folder``.
 
     Args:
-        pipe: the teacher's pipeline.
-        component: name of the network in it.
-        team: the networks of the run.
-        role: the student.
-        method: that trained it.
-        plans: of `Method.plan`, by number of steps, the one that ships as ``plan.json`` first.
+        student: after its training.
         folder: where it goes; made when it is not there.
         base: of `origin`.
         dtype: what the weights are stored as; as they are when None.
@@ -127,13 +132,13 @@ def export_student(
     Raises:
         InputError: when weights are not finite or cannot be written, or kohya's keys are asked for without an adapter.
     """
-    roles = team.roles
-    sampled = deployed_role(roles, role)
+    pipe, component, method, plans = student.pipe, student.component, student.method, student.plans
+    roles, sampled = student.team.roles, student.deployed_role
     adapter = lora_setting(roles.kinds, roles.kinds[sampled]) is not None
     if kohya and not adapter:
         raise InputError("kohya's keys are for adapters, and this student has all weights; leave --kohya out")
-    if role != method.students[0]:
-        folder, plans = folder / role, {}
+    if student.role != method.students[0]:
+        folder, plans = folder / student.role, {}
     lora = None
     with _replacing(folder) as staged:
         if adapter:

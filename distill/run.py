@@ -120,9 +120,8 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
     exports = []
     for role in method.students:
         export = export_student(
-            course.pipe, course.component, team, role, method, course.plans, options.output_dir,
-            base=course.base, dtype=dtype, kohya=options.kohya,
-        )  # fmt: skip
+            course.student(role), options.output_dir, base=course.base, dtype=dtype, kohya=options.kohya
+        )
         training = Training(
             base=options.pipe,
             method=method,
@@ -159,7 +158,12 @@ def _validation(course: Course) -> Validation | None:
         course.conditions, options.num_validation_images, course.call_kwargs, batch_size=options.encode_batch_size
     )
     return Validation(
-        course.pipe, course.component, course.team, course.method.students[0], course.method, course.plans,
-        course.teacher, course.accelerator, folder=options.output_dir, every=options.validation_steps,
-        last=options.max_train_steps, shown=shown, judge=judge,
-    )  # fmt: skip
+        course.student(course.method.students[0]),
+        course.teacher,
+        course.accelerator,
+        folder=options.output_dir,
+        every=options.validation_steps,
+        last=options.max_train_steps,
+        shown=shown,
+        judge=judge,
+    )

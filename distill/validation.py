@@ -25,10 +25,8 @@ from ..eval.reference import RealImages
 from ..samplers import Plan, PlanWarning, attach
 from ..samplers.errors import InputError
 from ..samplers.files import atomic_path
-from .export import call_arguments, deployed_plan, deployed_role
-from .method import Method
+from .export import Student, call_arguments, deployed_plan
 from .pictures import Row, labelled_rows
-from .team import Team
 
 FOLDER = "validation"
 
@@ -79,12 +77,7 @@ class Validation:
     notice: random generators, roles and the pipeline are as before afterwards, and a validation that fails warns.
 
     Args:
-        pipe: the teacher's pipeline.
-        component: name of the network in it.
-        team: the networks of the run.
-        role: the student.
-        method: that trains it.
-        plans: of `Method.plan`, by number of steps.
+        student: while it trains.
         teacher: how the teacher samples.
         accelerator: of the run.
         folder: of the run.
@@ -96,12 +89,7 @@ class Validation:
 
     def __init__(
         self,
-        pipe: Any,
-        component: str,
-        team: Team,
-        role: str,
-        method: Method,
-        plans: Mapping[int, Plan],
+        student: Student,
         teacher: Plan,
         accelerator: Accelerator,
         *,
@@ -111,9 +99,7 @@ class Validation:
         shown: Shown,
         judge: Judge | None = None,
     ) -> None:
-        self.pipe, self.component, self.team, self.method = pipe, component, team, method
-        self.role = deployed_role(team.roles, role)
-        self.plans = dict(sorted(plans.items(), reverse=True))
+        self.student = student
         # the network carries adapters by now, which are other weights to a plan that knows its fingerprint
         self.teacher = teacher.model_copy(update={"tuned_for": None})
         self.accelerator, self.folder = accelerator, folder / FOLDER
@@ -156,16 +142,17 @@ class Validation:
                 self._reference_features = self.judge.net(self._reference)
         rows = [Row("teacher", _steps_of(self.teacher), self._reference)]
         values: dict[str, float] = {}
-        with self.team.roles.use(self.role, grad=False, frozen=True) as network, self._inserted(network):
-            for steps, plan in self.plans.items():
-                deployed = deployed_plan(self.pipe, network, self.method, plan)
+        student, roles = self.student, self.student.team.roles
+        with roles.use(student.deployed_role, grad=False, frozen=True) as network, self._inserted(network):
+            for steps, plan in sorted(student.plans.items(), reverse=True):
+                deployed = deployed_plan(student.pipe, network, student.method, plan)
                 images = self._sampled(deployed, max(self.shown.count, self.judge.count if self.judge else 0))
                 scores = self._scores(images)
                 rows.append(Row(f"{steps} step{'s' * (steps != 1)}", _notes(scores), images[: self.shown.count]))
                 for name, estimate in scores.items():
                     values[f"validation/{name}/{steps}"] = estimate.value
                     values[f"validation/{name}_se/{steps}"] = estimate.se
-        picture = labelled_rows(f"{self.method.type}, update {step:,}", self._heads(), rows)
+        picture = labelled_rows(f"{student.method.type}, update {step:,}", self._heads(), rows)
         with atomic_path(self.folder / f"step-{step:06d}.png") as temporary:
             picture.save(temporary, format="PNG")
         show(self.accelerator, picture, step)
@@ -173,11 +160,11 @@ class Validation:
 
     def _sampled(self, plan: Plan, count: int) -> Tensor:
         """Images of the seeds below ``count`` by a plan, uint8 (count, C, H, W)."""
-        size, conditions = self.shown.batch_size, self.shown.conditions
+        pipe, size, conditions = self.student.pipe, self.shown.batch_size, self.shown.conditions
         arguments = call_arguments(plan, self.shown.call_kwargs or {})
-        with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(self.pipe, plan):
+        with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(pipe, plan):
             batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-            return torch.cat([sample_images(self.pipe, conditions, batch, arguments)[0].cpu() for batch in batches])
+            return torch.cat([sample_images(pipe, conditions, batch, arguments)[0].cpu() for batch in batches])
 
     def _scores(self, images: Tensor) -> dict[str, Estimate]:
         """Scores of images of the seeds from 0 on."""
@@ -202,14 +189,15 @@ class Validation:
     @contextmanager
     def _inserted(self, network: nn.Module) -> Iterator[None]:
         """The pipeline with ``network`` in it; weights of a wider type are cast to the pipeline's as they are used."""
-        own = self.pipe.__dict__[self.component]
+        parts, component = self.student.pipe.__dict__, self.student.component
+        own = parts[component]
         held, wanted = (next(each.parameters()).dtype for each in (network, own))
-        self.pipe.__dict__[self.component] = network
+        parts[component] = network
         try:
             with torch.autocast(self.accelerator.device.type, wanted, enabled=held != wanted):
                 yield
         finally:
-            self.pipe.__dict__[self.component] = own
+            parts[component] = own
 
     def _heads(self) -> list[str]:
         """What each column shows."""
@@ -217,7 +205,7 @@ class Validation:
         if kind == "none":
             return [f"seed {seed}" for seed in seeds]
         shown: Sequence[Any] = next(iter(self.shown.conditions.inputs(seeds).values()))
-        names = {number: name for name, number in (getattr(self.pipe, "labels", None) or {}).items()}
+        names = {number: name for name, number in (getattr(self.student.pipe, "labels", None) or {}).items()}
         return [str(value) if kind == "prompts" else str(names.get(value, f"class {value}")) for value in shown]
 
 

@@ -8,7 +8,7 @@ from method_cases import CASES, method_of, team_of
 from tiny import call_arguments, tiny_dit, tiny_sd3, tiny_stable_diffusion
 
 import fewstep.distill.methods  # noqa: F401  registers
-from fewstep.distill.export import deployed_plan, export_student, origin, write_network
+from fewstep.distill.export import Student, deployed_plan, export_student, origin, write_network
 from fewstep.distill.lora import LoraSetting
 from fewstep.distill.team import make_team
 from fewstep.samplers import Plan, Process, attach
@@ -38,7 +38,8 @@ def trained(pipe, component, lora=None, average=False, method=METHOD):
 
 def export(pipe, component, team, folder, steps=(2, 1), method=METHOD, base=None, **options):
     plans = {count: method.plan(team.process, count) for count in steps}
-    return export_student(pipe, component, team, "student", method, plans, folder, base=base or origin(pipe), **options)
+    student = Student(pipe, component, team, "student", method, plans)
+    return export_student(student, folder, base=base or origin(pipe), **options)
 
 
 def sampled(pipe, plan, network=None, component=None):
@@ -82,7 +83,7 @@ def test_students_of_every_method_ship(name, tmp_path):
     steps = CASES[name].steps
     plans = {steps: method.plan(team.process, steps)}
     role = method.students[0]
-    made = export_student(pipe, "transformer", team, role, method, plans, tmp_path, base=origin(pipe))
+    made = export_student(Student(pipe, "transformer", team, role, method, plans), tmp_path, base=origin(pipe))
     assert (made.lora is not None) == lora
     images, handle = sampled(tiny_dit(), Plan.load(tmp_path / "plan.json"))
     assert handle.warnings == ()
@@ -162,7 +163,8 @@ def test_further_students_of_a_method_have_folders_of_their_names(tmp_path):
     plans = {2: method.plan(process, 2)}
     second = method.students[1]
     made = [
-        export_student(pipe, "transformer", team, role, method, plans, tmp_path, base=base) for role in method.students
+        export_student(Student(pipe, "transformer", team, role, method, plans), tmp_path, base=base)
+        for role in method.students
     ]
     assert [each.folder for each in made] == [tmp_path, tmp_path / second]
     assert not list((tmp_path / second).glob("plan*"))

@@ -10,7 +10,7 @@ from zoo import ZOO
 from fewstep.distill import methods as _methods  # noqa: F401  (registers them)
 from fewstep.distill.course import student_plans
 from fewstep.distill.encode import encode
-from fewstep.distill.export import call_arguments, export_student, origin
+from fewstep.distill.export import Student, call_arguments, export_student, origin
 from fewstep.distill.guiding import guiding, refuse_unseen_guidance
 from fewstep.distill.loop import Loop
 from fewstep.distill.lora import LoraSetting
@@ -73,7 +73,7 @@ def test_a_student_of_a_family(name, method_name, tmp_path):
     team = make_team(getattr(pipe, family.denoiser), process, method, LoraSetting(2, 4.0), guided.scale)
     settings = options(tmp_path, 2, learning_rate=0.05, train_batch_size=2, checkpointing_steps=100)
     Loop(method, team, FamilySource(condition), settings, fresh_accelerator(settings)).run()
-    export_student(pipe, family.denoiser, team, "student", method, plans, tmp_path, base=base)
+    export_student(Student(pipe, family.denoiser, team, "student", method, plans), tmp_path, base=base)
 
     stock = family.build()
     arguments = family.arguments(stock, 2, 0)

@@ -13,7 +13,7 @@ from test_export import trained
 from tiny import tiny_dit
 from toy_method import fresh_accelerator, options
 
-from fewstep.distill.export import deployed_plan
+from fewstep.distill.export import Student, deployed_plan
 from fewstep.distill.loop import Loop
 from fewstep.distill.lora import LoraSetting
 from fewstep.distill.pictures import Row, labelled_rows
@@ -56,7 +56,7 @@ def validation(tmp_path, pipe, team, every=2, last=5, steps=(1, 2), judge=None, 
     plans = {each: METHOD.plan(team.process, each) for each in steps}
     accelerator = accelerator or fresh_accelerator(options(tmp_path))
     return Validation(
-        pipe, "transformer", team, "student", METHOD, plans, TEACHER, accelerator,
+        Student(pipe, "transformer", team, "student", METHOD, plans), TEACHER, accelerator,
         folder=tmp_path, every=every, last=last, shown=Shown(LABELS, count, kwargs, batch_size=2), judge=judge,
     )  # fmt: skip
 
