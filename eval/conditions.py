@@ -88,13 +88,16 @@ def check_labels(pipe: Any, labels: Sequence[int]) -> None:
         InputError: for the first of them.
     """
     network = next(iter(denoisers(pipe).values()))
-    table = next((part.embedding_table for part in network.modules() if isinstance(part, LabelEmbedding)), None)
-    wrong = [label for label in labels if table is not None and not 0 <= label < table.num_embeddings]
-    if wrong:
-        raise InputError(
-            f"the network of {type(pipe).__name__} has a table of {table.num_embeddings} labels, "
-            f"0 to {table.num_embeddings - 1}; got the label {wrong[0]}"
-        )
+    tables = (part.embedding_table for part in network.modules() if isinstance(part, LabelEmbedding))
+    size = next((table.num_embeddings for table in tables), None)
+    if size is None:
+        return
+    for label in labels:
+        if not 0 <= label < size:
+            name = type(pipe).__name__
+            raise InputError(
+                f"the network of {name} has a table of {size} labels, 0 to {size - 1}; got the label {label}"
+            )
 
 
 def _named_labels(pipe: Any) -> tuple[int, ...]:
