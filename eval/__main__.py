@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 
-from .bench import run_bench
 from .commandline import exit_status, options_parser, read_options
 from .options import BenchOptions
+from .run import run_bench
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..samplers import Plan
 from ..samplers.errors import InputError
@@ -79,7 +79,14 @@ def plan_rows(plans: Iterable[tuple[str, Plan]]) -> list[Row]:
     return [Row(plan.name or stem, "plan", plan) for stem, plan in plans]
 
 
-def check_names(rows: Sequence[Row]) -> None:
+class Named(Protocol):
+    """What has the name of a row."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def check_names(rows: Sequence[Named]) -> None:
     """Raises ``InputError`` when two rows share a name, or one cannot be a file name."""
     seen: set[str] = set()
     for row in rows:

@@ -25,7 +25,7 @@ from .baselines import Row, baseline_rows, check_names, control_row, control_ste
 from .conditions import Conditions, conditions_for
 from .environment import environment
 from .generate import ImageSet, generate
-from .options import BenchOptions, pipeline_arguments
+from .options import ANSWERS_ONLY, BenchOptions, pipeline_arguments
 from .progress import Meter, meter
 from .record import (
     RunRecord,
@@ -63,7 +63,7 @@ def run_bench(options: BenchOptions, *, command: str = "", console: Console | No
         InputError: for anything the user can mend, in one line.
     """
     state = process_state(options.device)
-    started = _now()
+    started = time_of_day()
     with warnings.catch_warnings(), meter(console or Console(stderr=True), state.is_main_process) as progress:
         warnings.simplefilter("ignore", PlanWarning)  # the records keep them
         progress.doing("loading")
@@ -85,6 +85,7 @@ def process_state(device: str | None) -> PartialState:
 
 def open_bench(options: BenchOptions, state: PartialState, command: str, started: str) -> Bench:
     """Loads the pipeline and the plans, and checks everything that can be checked before work begins."""
+    options.refuse(ANSWERS_ONLY, "a pipeline of images")
     shipped = [(path.stem, Plan.load(path)) for path in shipped_plans(options.pipe)]
     plans = [(name, plan) for name, plan in shipped if plan.nominal_steps in options.steps]
     plans += [(path.stem, Plan.load(path)) for path in options.plans]
@@ -149,7 +150,7 @@ class Bench:
     @property
     def seeds(self) -> range:
         """Seeds of all rows."""
-        return range(self.options.seed, self.options.seed + self.options.n)
+        return range(self.options.seed, self.options.seed + self.options.images)
 
     @property
     def seeds_of_record(self) -> tuple[int, int]:
@@ -257,7 +258,7 @@ class Bench:
 
         for row in rows:
             progress.expect(_steps(row) * self.images(row).missing())
-            progress.expect(self.options.n)
+            progress.expect(self.options.images)
         for row in rows:
             progress.doing(f"sampling {row.name}")
             generate(
@@ -286,7 +287,7 @@ class Bench:
                     reference = self.scorer.score(self.images(rows[0]), None)
                 scores = reference if row is rows[0] else self.scorer.score(self.images(row), reference)
                 self._run_record(row, rows[0].name, request, scores, env).save(self.options.out)
-            progress.advance(self.options.n)
+            progress.advance(self.options.images)
 
     def _request(self, row: Row, reference: Row) -> str:
         """Hash of all that the record of a row depends on."""
@@ -313,7 +314,7 @@ class Bench:
             model_hash=config.model_hash,
             request=request,
             nfe=scores.nfe,
-            n=self.options.n,
+            n=self.options.images,
             seeds=self.seeds_of_record,
             metrics=scores.metrics,
             paired=scores.paired(reference) if row.role != "reference" else None,
@@ -324,7 +325,7 @@ class Bench:
             env=env,
             command=self.command,
             started=self.started,
-            finished=_now(),
+            finished=time_of_day(),
             warnings=tuple(dict.fromkeys((*scores.warnings, *timing.warnings))),
         )
 
@@ -338,5 +339,6 @@ def _steps(row: Row) -> int:
     return row.plan.nominal_steps or 50
 
 
-def _now() -> str:
+def time_of_day() -> str:
+    """Now, to the second, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -25,7 +25,8 @@ EXIT_INTERRUPTED = 130
 class Flag:
     """Annotation of an option: its help text, and what stands for its value there.
 
-    An option of type ``tuple[X, ...]`` takes several values after its flag.
+    An option of type ``tuple[X, ...]`` takes several values after its flag; one that is empty by default may be given
+    several times, and has the values of all.
     """
 
     help: str
@@ -61,6 +62,8 @@ def options_parser(options: type, description: str, epilog: str = "") -> Argumen
         extra: dict[str, Any] = {"metavar": flag.metavar} if flag.metavar else {}
         if typing.get_origin(hint) is tuple:
             hint, extra["nargs"] = typing.get_args(hint)[0], "+"
+            if not field.default:
+                extra["action"] = "extend"
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         parser.add_argument(f"--{field.name}", type=hint, default=default, help=flag.help, **extra)
     return parser
@@ -104,8 +107,15 @@ def _one_line(message: str) -> str:
     )
     line = re.sub(r"arguments are required: (?:[\w-]+\.)*(\w+)$", r"arguments are required: --\1", line)
     line = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", line)
+    line = re.sub(r"Does not validate against any of the Union subtypes.*?\[(.*?)\].*Given value: ", _expected, line)
     line = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1;", line)
     return re.sub(r"Expected an? typing\.Literal(\[.*?\])\.", r"expected one of \1;", line).replace("Got value:", "got")
+
+
+def _expected(union: re.Match[str]) -> str:
+    """The types of an option that may also be left out."""
+    types = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", union.group(1)) if name != "NoneType"]
+    return f"expected {' or '.join(types)}; got "
 
 
 def call_arguments(pairs: Sequence[str]) -> dict[str, str]:

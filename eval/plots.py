@@ -58,6 +58,7 @@ class ParetoPlot:
         higher_is_better: direction of ``y``.
         band: the reference's value and standard error, None without one.
         floor: what real data scores, None when unknown.
+        even: whether ``y`` is never drawn on a logarithmic scale.
     """
 
     points: tuple[Point, ...]
@@ -66,6 +67,7 @@ class ParetoPlot:
     higher_is_better: bool
     band: tuple[float, float | None] | None = None
     floor: float | None = None
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,9 @@ def _draw_axes(axes: Axes, plot: ParetoPlot) -> None:
 
 
 def _set_y(axes: Axes, plot: ParetoPlot) -> None:
-    """Logarithmic when positive values spread over more than a factor of six, else linear."""
+    """Logarithmic when positive values spread over more than a factor of six, else linear; linear where asked for."""
     values = [p.y for p in plot.points] + ([plot.floor] if plot.floor is not None and not _far(plot) else [])
-    if min(values) > 0 and max(values) / min(values) > 6:
+    if not plot.even and min(values) > 0 and max(values) / min(values) > 6:
         axes.set_yscale("log")
         room = max(1.25, (max(values) / min(values)) ** 0.12)
         low, high = min(values) / room, max(values) * room

@@ -183,6 +183,37 @@ class Worst:
     feature_distance: float
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What answers of token models cost besides time and network evaluations.
+
+    Attributes:
+        network: folder of the network that answered.
+        exact: whether all answers are those of the same recipe without a cache.
+        gen_length: masks after each prompt, or the most tokens of an autoregressive answer.
+        token_forwards: mean of the positions evaluated for an answer.
+        tokens_per_forward: new tokens per forward pass that the answer took part in, on average over answers.
+        tokens_per_s: new tokens per second of the call that measured the throughput.
+        batch_size: of that call.
+        device: where it ran.
+        torch_threads: on the host.
+        kv_bytes: most bytes of keys and values that were kept at once for one answer.
+        failed: answers that a constraint or a scorer gave up; they count as wrong.
+    """
+
+    network: str
+    exact: bool
+    gen_length: int
+    token_forwards: float
+    tokens_per_forward: float
+    tokens_per_s: float
+    batch_size: int
+    device: str
+    torch_threads: int
+    kv_bytes: int
+    failed: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """One row of a bench. The fields are those of the JSON file.
@@ -193,6 +224,7 @@ class RunRecord:
         control: name of the row that spends as long with the reference's solver in fewer steps, for a plan.
         env: what `fewstep.eval.environment.environment` gave.
         command: the command line that a person can run again.
+        decoding: further costs, for answers of token models.
     """
 
     name: str
@@ -215,6 +247,7 @@ class RunRecord:
     started: str
     finished: str
     warnings: tuple[str, ...]
+    decoding: Decoding | None = None
     format: int = RUN_FORMAT
 
     def save(self, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""OUT/report.html, derived from OUT/runs and OUT/shards and from nothing else."""
+"""OUT/report.html, derived from OUT/runs and the samples in OUT and from nothing else."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from markupsafe import Markup
 
 from ..samplers.files import write_text
 from .page import flat, flops, page_template
-from .pictures import Picture, find_pictures
 from .plots import ParetoPlot, Point, pareto_svg
+from .report_answers import answer_samples
 from .report_csv import write_csv
+from .report_images import image_samples
 from .report_runs import Bench, Latency, Run, Timing, load_bench, metric_family
+from .subject import ANSWERS, IMAGES
 from .svg import Drawing
 from .verdict import (
     EQUAL_LATENCY,
     Control,
     Judgement,
     controls,
+    controls_by_time,
     digits,
     judge,
     number,
@@ -33,8 +36,8 @@ from .verdict import (
 __all__ = ["write_csv", "write_report"]
 
 GRID_SEEDS = 8
-WORST = 8
-CRISP_SIDE = 48  # pixels; up to here images are shown two or three times enlarged
+SAMPLES = {IMAGES: image_samples, ANSWERS: answer_samples}
+"What shows the samples of the first seeds, by what they are; its template is called report_images.html and so on."
 SHARES = ("encode_s", "denoise_s", "decode_s", "other_s")
 
 ABOUT = {
@@ -54,6 +57,12 @@ ABOUT = {
     "lpips": "Learned perceptual distance to the reference's image of the same seed.",
     "ssim": "Structural similarity to the reference's image of the same seed; 1 is identical.",
     "psnr": "Peak signal-to-noise ratio to the reference's image of the same seed, in dB.",
+    "worst": "Lowest of the tasks' shares of right answers. The smallest of several noisy shares is biased downwards: "
+    "the fewer answers to a task, the lower it comes out; its error is that of the one task.",
+    "mean": "Share of right answers, averaged over the tasks with equal weights.",
+    "accuracy": "Share of right answers to one task. Errors are of (right + 2) / (n + 4), so that none is 0 where all "
+    "answers are right or all wrong (Agresti and Coull 1998); those of paired differences count half an answer more in "
+    "each of the four cells (Agresti and Min 2005).",
 }
 
 
@@ -74,10 +83,12 @@ class Row:
     run: Run
     nfe: str
     scores: tuple[Score | None, ...]
+    costs: tuple[str, ...]
+    speeds: tuple[str, ...]
     latency: str
     quartiles: str
     first_call: str
-    images_per_s: str
+    rate: str
     flops: str
     peak: str
     peak_kind: str
@@ -105,28 +116,18 @@ def write_report(out: Path) -> Path:
     """
     bench = load_bench(out)
     seeds = range(bench.runs[0].seeds[0], bench.runs[0].seeds[0] + GRID_SEEDS)
-    pictures = {run.name: _pictures(out, bench, run, seeds) for run in bench.runs}
-    shown = {seed: [pictures[run.name][seed] for run in bench.runs if seed in pictures[run.name]] for seed in seeds}
-    worst = [run for run in bench.runs if run.worst and bench.reference]
-    widest = max((picture.width for column in pictures.values() for picture in column.values()), default=0)
-    zoom = 1 if widest > CRISP_SIDE else 2 if len(bench.runs) > 8 else 3
     page = page_template("report.html").render(
         bench=bench,
+        subject=bench.subject,
         verdict=verdict(bench),
         rows=[_row(bench, index, run) for index, run in enumerate(bench.runs, 1)],
         figures=_figures(bench),
         control_rows=_control_rows(bench),
         equal_percent=round(100 * (EQUAL_LATENCY - 1)),
         metrics=[_about_metric(bench, metric) for metric in bench.metrics],
-        pictures=pictures,
-        seeds=[seed for seed in seeds if shown[seed]],
-        conditions={seed: pictures_[0].condition for seed, pictures_ in shown.items() if pictures_},
-        shrunk=any(picture.shrunk for column in pictures.values() for picture in column.values()),
-        zoom=zoom,
-        cell_px=zoom * widest,
+        by_time=controls_by_time(bench),
+        samples=SAMPLES[bench.subject](out, bench, seeds),
         digits=digits,
-        worst=worst,
-        worst_columns=min(WORST, max((len(run.worst) for run in worst), default=0)),
         environment=_environment(bench.runs),
         commands=sorted({run.command for run in bench.runs if run.command}),
         warnings=_warnings(bench),
@@ -154,10 +155,12 @@ def _row(bench: Bench, index: int, run: Run) -> Row:
         run=run,
         nfe=number(run.nfe),
         scores=tuple(_score(bench, run, metric) for metric in bench.metrics),
+        costs=tuple(cost.shown(run) for cost in bench.subject.costs),
+        speeds=tuple(cost.shown(run) for cost in bench.subject.speeds),
         latency=seconds(latency.median) if latency else "",
         quartiles=quartiles,
         first_call=_or_empty(timing.first_call_s, seconds),
-        images_per_s=f"{digits(throughput.images_per_s)} at batch {throughput.batch}" if throughput else "",
+        rate=f"{digits(throughput.images_per_s)} at batch {throughput.batch}" if throughput else "",
         flops=_or_empty(timing.flops, flops),
         peak=_or_empty(timing.peak_bytes, _bytes),
         peak_kind=(timing.peak_kind or "").replace("_", " ") if timing.peak_bytes is not None else "",
@@ -191,7 +194,7 @@ def _shares(timing: Timing) -> tuple[tuple[str, float], ...]:
 
 
 def _figures(bench: Bench) -> list[Drawing]:
-    """Quality against latency where it was measured, and against network evaluations."""
+    """Quality against latency where it was measured, and against a count that no clock can move."""
     metric = bench.primary
     if metric is None:
         return []
@@ -201,46 +204,54 @@ def _figures(bench: Bench) -> list[Drawing]:
     if timed:
         factor, unit = (1000.0, "ms") if max(latency.median for _, _, latency in timed) < 1 else (1.0, "s")
         spread = {run.name: _scaled(latency, factor) for _, run, latency in timed}
-        label = f"latency of one image, {unit}"
-        figures.append(_figure(bench, metric, [(index, run) for index, run, _ in timed], spread, label))
-    counts = {run.name: (run.nfe, None, None) for _, run in rows}
-    figures.append(_figure(bench, metric, rows, counts, "network evaluations per image"))
-    return figures
+        axis = Axis(f"latency of one {bench.subject.noun}, {unit}", "latency", spread)
+        figures.append(_figure(bench, metric, [(index, run) for index, run, _ in timed], axis))
+    count = bench.subject.count
+    axis = Axis(count.label, count.prefix, {run.name: (count.value(run), None, None) for _, run in rows})
+    return [*figures, _figure(bench, metric, rows, axis)]
 
 
 Spread = tuple[float, float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A cost to draw the quality against; ``prefix`` goes before the ids of its figure."""
+
+    label: str
+    prefix: str
+    costs: Mapping[str, Spread]
 
 
 def _scaled(latency: Latency, factor: float) -> Spread:
     return (latency.median * factor, latency.q1 * factor, latency.q3 * factor)
 
 
-def _figure(
-    bench: Bench, metric: str, rows: Sequence[tuple[int, Run]], costs: Mapping[str, Spread], x_label: str
-) -> Drawing:
+def _figure(bench: Bench, metric: str, rows: Sequence[tuple[int, Run]], axis: Axis) -> Drawing:
     """Labels are names where there is room, and the numbers of the tables on a narrow page."""
     higher = rows[0][1].metrics[metric].higher_is_better
     band = bench.reference.metrics.get(metric) if bench.reference else None
     floor = bench.floor(metric)
-    title = f"{metric} against {x_label}; the numbers are in the tables below"
+    title = f"{metric} against {axis.label}; the numbers are in the tables below"
 
     def draw(named: bool, width: int, height: int) -> Markup:
         points = tuple(
             Point(
-                run.name if named else str(index), run.role, costs[run.name][0], run.metrics[metric].value,
-                costs[run.name][1], costs[run.name][2], run.metrics[metric].se,
+                run.name if named else str(index), run.role, axis.costs[run.name][0], run.metrics[metric].value,
+                axis.costs[run.name][1], axis.costs[run.name][2], run.metrics[metric].se,
             )
             for index, run in rows
         )  # fmt: skip
         plot = ParetoPlot(
             points=points,
-            x_label=x_label,
+            x_label=axis.label,
             y_label=f"{metric} ({'higher' if higher else 'lower'} is better)",
             higher_is_better=higher,
             band=(band.value, band.se) if band else None,
             floor=floor.value if floor else None,
+            even=bench.subject.shares,
         )
-        prefix = f"{'wide' if named else 'narrow'}-{'nfe' if 'evaluations' in x_label else 'latency'}"
+        prefix = f"{'wide' if named else 'narrow'}-{axis.prefix}"
         return Markup(pareto_svg(plot, width, height, title, prefix))
 
     return Drawing(draw(True, 600, 440), draw(False, 358, 340))
@@ -252,7 +263,7 @@ def _control_rows(bench: Bench) -> list[ControlRow]:
         return []
 
     def spent(run: Run) -> str:
-        return seconds(run.latency.median) if bench.timed and run.latency else f"{number(run.nfe)} NFE"
+        return seconds(run.latency.median) if run.latency and controls_by_time(bench) else f"{number(run.nfe)} NFE"
 
     rows = []
     for pair in controls(bench):
@@ -287,13 +298,6 @@ def _about_metric(bench: Bench, metric: str) -> dict[str, str]:
     }
 
 
-def _pictures(out: Path, bench: Bench, run: Run, seeds: Sequence[int]) -> dict[int, Picture]:
-    """What the two grids show of one run; of the reference also the counterparts of everyone's worst."""
-    members = bench.runs if run is bench.reference else (run,)
-    worst = {item.seed for member in members for item in member.worst[:WORST]} if bench.reference else set()
-    return find_pictures(out / "shards" / run.config_hash, {*seeds, *worst}, run.config_hash)
-
-
 def _environment(runs: Sequence[Run]) -> list[tuple[str, dict[str, list[str]]]]:
     """Every key of the environments with its values, each with the runs that have it."""
     table: dict[str, dict[str, list[str]]] = {}
@@ -312,7 +316,7 @@ def _warnings(bench: Bench) -> list[tuple[str, list[str]]]:
     sets = {(run.n, run.seeds) for run in bench.runs}
     if len(sets) > 1:
         listed = "; ".join(f"n = {n:,} with seeds {first} to {end - 1}" for n, (first, end) in sorted(sets))
-        found[f"The rows are not of the same images: {listed}. Distances depend on n."] = []
+        found[f"The rows are not of the same {bench.subject.noun}s: {listed}. Distances depend on n."] = []
     if not bench.timed and any(run.latency for run in bench.runs):
         untimed = [run.name for run in bench.runs if not run.latency]
         found["Not timed, so the tables are in order of network evaluations."] = untimed

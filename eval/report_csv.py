@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from ..samplers.files import write_text
 from .report_runs import Run, Timing, load_bench
+from .subject import Subject
 
 
 def write_csv(out: Path) -> Path:
@@ -28,7 +30,8 @@ def write_csv(out: Path) -> Path:
         "latency_s",
         "latency_q1_s",
         "latency_q3_s",
-        "images_per_s",
+        bench.subject.rate,
+        *(cost.column for cost in bench.subject.extra),
         "peak_bytes",
         "flops",
         "config_hash",
@@ -36,13 +39,13 @@ def write_csv(out: Path) -> Path:
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     for run in sorted(bench.runs, key=lambda run: (run.nfe, run.name)):
-        writer.writerow(_csv_line(run))
+        writer.writerow(_csv_line(run, bench.subject))
     path = out / "results.csv"
     write_text(path, stream.getvalue())
     return path
 
 
-def _csv_line(run: Run) -> dict[str, object]:
+def _csv_line(run: Run, subject: Subject) -> dict[str, object]:
     timing = run.timing or Timing()
     latency = timing.latency_s
     line: dict[str, object] = {
@@ -55,14 +58,19 @@ def _csv_line(run: Run) -> dict[str, object]:
         "latency_s": latency.median if latency else None,
         "latency_q1_s": latency.q1 if latency else None,
         "latency_q3_s": latency.q3 if latency else None,
-        "images_per_s": timing.throughput.images_per_s if timing.throughput else None,
+        subject.rate: timing.throughput.images_per_s if timing.throughput else None,
         "peak_bytes": timing.peak_bytes,
         "flops": timing.flops,
         "config_hash": _no_formula(run.config_hash),
     }
+    line |= {cost.column: _cell(cost.value(run)) for cost in subject.extra}
     for metric, score in run.metrics.items():
         line |= {metric: score.value, f"{metric}_se": score.se}
     return line
+
+
+def _cell(value: Any) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _no_formula(text: str) -> str:

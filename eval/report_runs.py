@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from ..samplers.errors import InputError
 from ..samplers.files import read_json
+from .subject import ANSWERS, IMAGES, Subject
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -69,7 +70,7 @@ class Latency(_Record):
 
 
 class Throughput(_Record):
-    """Images per second at the batch size ``batch``."""
+    """Images, or answers, per second at the batch size ``batch``."""
 
     batch: Count
     images_per_s: NotNegative
@@ -104,6 +105,18 @@ class Worst(_Record):
     feature_distance: float
 
 
+class Decoding(_Record):
+    """What answers of token models cost besides time and network evaluations."""
+
+    network: str
+    exact: bool
+    token_forwards: NotNegative
+    tokens_per_forward: NotNegative
+    tokens_per_s: NotNegative | None = None
+    kv_bytes: Count | None = None
+    failed: Count = 0
+
+
 class Run(_Record):
     """One row of the report: one file of OUT/runs."""
 
@@ -121,6 +134,7 @@ class Run(_Record):
     timing: Timing | None = None
     worst: tuple[Worst, ...] = ()
     control: str | None = None
+    decoding: Decoding | None = None
     env: Annotated[dict[str, Any], NoneIsEmpty] = {}
     command: str = ""
     started: str | None = None
@@ -131,6 +145,11 @@ class Run(_Record):
     def latency(self) -> Latency | None:
         """Batch-1 latency, None where it was not measured."""
         return self.timing.latency_s if self.timing else None
+
+    @property
+    def network(self) -> str:
+        """Which of several networks was sampled, empty where there is one."""
+        return self.decoding.network if self.decoding else ""
 
     @property
     def pipe(self) -> str:
@@ -158,6 +177,11 @@ class Bench:
     metrics: tuple[str, ...]
 
     @property
+    def subject(self) -> Subject:
+        """What was sampled."""
+        return ANSWERS if any(run.decoding for run in self.runs) else IMAGES
+
+    @property
     def timed(self) -> bool:
         """Whether every row has a latency, so that cost can mean time."""
         return all(run.latency for run in self.runs)
@@ -180,6 +204,9 @@ class Bench:
 
 # The first that is present leads the report; what is listed nowhere follows in alphabetical order.
 METRIC_ORDER = (
+    "worst",
+    "mean",
+    "accuracy",
     "fd",
     "fid",
     "kd",

@@ -98,7 +98,7 @@ class Scorer:
             lpips=Lpips(options.lpips_path) if options.lpips_path else None,
             conditions=conditions,
             out=options.out,
-            n=options.n,
+            n=options.images,
             wanted=options.metrics,
         )
         scorer.kinds()

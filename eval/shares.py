@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,28 @@ def component_shares(pipe: Any, call: Callable[[], None], expected_s: float) -> 
         call: one call with one image.
         expected_s: median seconds of the call without stamps, to notice a disturbance by them.
     """
-    measured = [_shares_of_call(pipe, call) for _ in range(REPEATS)]
+    return _median_shares(lambda clock: _stamped(pipe, clock), pipe.device, call, expected_s)
+
+
+def network_shares(
+    networks: Iterable[nn.Module], device: torch.device, call: Callable[[], None], expected_s: float
+) -> tuple[Shares, tuple[str, ...]]:
+    """As `component_shares`, of a call in which there are only networks, all of them denoisers, and the rest."""
+    parts = [(network, "denoise_s") for network in networks]
+    return _median_shares(lambda clock: _stamped_modules(parts, clock), device, call, expected_s)
+
+
+def _median_shares(
+    stamped: Callable[[Clock], AbstractContextManager[None]],
+    device: torch.device,
+    call: Callable[[], None],
+    expected_s: float,
+) -> tuple[Shares, tuple[str, ...]]:
+    measured = []
+    for _ in range(REPEATS):
+        clock = Clock(device)
+        with stamped(clock):
+            measured.append(clock.seconds(call))
     good = [shares for shares in measured if shares.adds_up]
     chosen = sorted(good or measured, key=lambda shares: shares.total_s)[(len(good or measured) - 1) // 2]
     warnings = []
@@ -117,10 +138,18 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-def _shares_of_call(pipe: Any, call: Callable[[], None]) -> Shares:
-    clock = Clock(pipe.device)
-    with _stamped(pipe, clock):
-        return clock.seconds(call)
+@contextmanager
+def _stamped_modules(parts: Iterable[tuple[nn.Module, str]], clock: Clock) -> Iterator[None]:
+    """Stamps at the boundaries of some modules, each with its part, for the block."""
+    hooks = []
+    for module, part in parts:
+        hooks.append(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
+        hooks.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -132,20 +161,14 @@ def _stamped(pipe: Any, clock: Clock) -> Iterator[None]:
         for name, part in pipe.components.items()
         if isinstance(part, nn.Module) and name.startswith(("text_encoder", "image_encoder"))
     }
-    hooks = []
-    for name, part in parts.items():
-        module = pipe.components[name]
-        hooks.append(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)))
-        hooks.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
     coders = [part for name in ("vae", "vqvae", "movq") if (part := pipe.components.get(name)) is not None]
     for coder in coders:
         coder.__dict__["encode"] = _between(clock, "encode_s", coder.encode)
         coder.__dict__["decode"] = _between(clock, "decode_s", coder.decode)
     try:
-        yield
+        with _stamped_modules([(pipe.components[name], part) for name, part in parts.items()], clock):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for coder in coders:
             del coder.__dict__["encode"], coder.__dict__["decode"]
 

@@ -6,8 +6,8 @@ from rich.table import Table
 
 from .report_runs import Bench, Run
 
-COSTS_WIDTH, METRIC_WIDTH = 66, 20
-"Characters that the names and costs take, and each metric beside them."
+COSTS_WIDTH, COST_WIDTH, METRIC_WIDTH = 66, 11, 20
+"Characters that the names and costs take, and each further cost and each metric beside them."
 
 
 def bench_table(bench: Bench, width: int) -> Table:
@@ -21,13 +21,16 @@ def bench_table(bench: Bench, width: int) -> Table:
     against = f", differences to {reference.name} on the same seeds in the report" if reference else ""
     table = Table(title=f"{bench.runs[0].pipe}, n = {bench.runs[0].n:,}{against}", title_justify="left")
     table.add_column("name", no_wrap=True)
-    metrics = bench.metrics[: max(1, (width - COSTS_WIDTH) // METRIC_WIDTH)]
-    for heading in ("NFE", *metrics, "latency", "images/s", "peak MiB"):
+    costs = [cost for cost in bench.subject.costs if cost.wide]
+    metrics = bench.metrics[: max(1, (width - COSTS_WIDTH - COST_WIDTH * len(costs)) // METRIC_WIDTH)]
+    headings = [cost.heading for cost in costs]
+    for heading in ("NFE", *headings, *metrics, "latency", f"{bench.subject.noun}s/s", "peak MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in bench.runs:
         scores = (_score(run, metric) for metric in metrics)
         style = {"reference": "bold", "control": "dim"}.get(run.role, "")
-        table.add_row(run.name, f"{run.nfe:g}", *scores, *_costs(run), style=style)
+        shown = (cost.shown(run) or "-" for cost in costs)
+        table.add_row(run.name, f"{run.nfe:g}", *shown, *scores, *_costs(run), style=style)
     return table
 
 

@@ -7,14 +7,17 @@ from each other; the shares of the components by stamps at their boundaries; mem
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .assets import component_modules
@@ -53,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Images per second at a batch size, from the median of the repeats."""
+    """Images, or answers, per second at a batch size, from the median of the repeats."""
 
     batch: int
     images_per_s: float
@@ -113,17 +116,51 @@ def measure(
         seeds = range(first_seed, first_seed + batch)
         return lambda: call_pipeline(pipe, conditions, seeds, call_kwargs)
 
-    one, device = call(1), pipe.device
+    one = call(1)
+    return measure_calls(
+        itertools.repeat(one, repeats),
+        call(batch_size),
+        batch_size=batch_size,
+        device=pipe.device,
+        shares_of=lambda single, expected_s: component_shares(pipe, single, expected_s),
+        weights_bytes=weights_bytes(pipe),
+    )
+
+
+def measure_calls(
+    singles: Iterable[Callable[[], None]],
+    many: Callable[[], None],
+    *,
+    batch_size: int,
+    device: torch.device,
+    shares_of: Callable[[Callable[[], None], float], tuple[Shares, tuple[str, ...]]],
+    weights_bytes: int,
+    patience_s: float = math.inf,
+) -> Timing:
+    """The protocol, of any calls.
+
+    Args:
+        singles: the calls behind the latency, each of one sample; the first of them is also the one that is not
+            counted, and the one that is split into shares and counted in operations.
+        many: a call of ``batch_size`` samples.
+        batch_size: of the throughput.
+        device: where the calls run.
+        shares_of: splits a call that takes about so many seconds.
+        weights_bytes: see `Timing`.
+        patience_s: where the first call of a whole batch takes longer, it is the only one and it counts.
+    """
+    singles = list(singles)
+    one = singles[0]
     first_call_s = timed(one, device)
     for _ in range(WARMUPS):
         one()
     memory = PeakMemory(device)
-    latency = Spread.of([timed(one, device) for _ in range(repeats)])
+    latency = Spread.of([timed(single, device) for single in singles])
     peak_bytes = memory.read()
-    shares, warnings = component_shares(pipe, one, latency.median)
-    many = call(batch_size)
-    many()
-    batches = [timed(many, device) for _ in range(min(repeats, THROUGHPUT_REPEATS))]
+    shares, warnings = shares_of(one, latency.median)
+    first_batch_s = timed(many, device)
+    again = 0 if first_batch_s > patience_s else min(len(singles), THROUGHPUT_REPEATS)
+    batches = [timed(many, device) for _ in range(again)] or [first_batch_s]
     return Timing(
         first_call_s=first_call_s,
         latency_s=latency,
@@ -132,7 +169,7 @@ def measure(
         flops=count_flops(one),
         peak_bytes=peak_bytes,
         peak_kind=memory.kind,
-        weights_bytes=weights_bytes(pipe),
+        weights_bytes=weights_bytes,
         warmups=WARMUPS,
         warnings=warnings,
     )
@@ -163,9 +200,14 @@ def count_flops(call: Callable[[], None]) -> int | None:
 
 def weights_bytes(pipe: Any) -> int:
     """Bytes of the parameters and buffers of all components, shared ones once."""
+    return module_bytes(component_modules(pipe).values())
+
+
+def module_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the parameters and buffers of some modules, shared ones once."""
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
-        for module in component_modules(pipe).values()
+        for module in modules
         for tensor in (*module.parameters(), *module.buffers())
     }
     return sum(tensors.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +13,11 @@ from ..samplers.errors import InputError
 from ..samplers.files import read_json, write_json
 from .environment import device_name
 from .timing import Timing
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Measured = TypeVar("Measured")
 
 _TIMING = TypeAdapter(Timing)
 
@@ -28,7 +33,17 @@ def timing_conditions(device: str, batch_size: int, repeats: int) -> dict[str, A
 
 
 def load_timing(path: Path, conditions: dict[str, Any]) -> Timing | None:
-    """A timing under these conditions, or None when there is none.
+    """A timing under these conditions, or None when there is none; see `load_measured`."""
+    return load_measured(path, conditions, _TIMING)
+
+
+def load_measured(path: Path, conditions: dict[str, Any], kind: TypeAdapter[Measured]) -> Measured | None:
+    """What was measured under these conditions, or None when there is nothing.
+
+    Args:
+        path: that `save_timing` wrote.
+        conditions: of `timing_conditions`.
+        kind: of what it holds.
 
     Raises:
         InputError: when the file is damaged.
@@ -39,11 +54,11 @@ def load_timing(path: Path, conditions: dict[str, Any]) -> Timing | None:
     try:
         if value["conditions"] != conditions:
             return None
-        return _TIMING.validate_python(value["timing"])
+        return kind.validate_python(value["timing"])
     except (KeyError, TypeError, ValidationError):
         raise InputError(f"{path} is not a timing of this version of fewstep; delete it and run again") from None
 
 
-def save_timing(path: Path, conditions: dict[str, Any], timing: Timing) -> None:
-    """Writes a timing, complete or not at all."""
+def save_timing(path: Path, conditions: dict[str, Any], timing: DataclassInstance) -> None:
+    """Writes a timing, or a dataclass that holds one, complete or not at all."""
     write_json(path, {"conditions": conditions, "timing": dataclasses.asdict(timing)})

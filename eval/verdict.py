@@ -36,7 +36,7 @@ def independent_gap(one: Metric, other: Metric) -> Difference:
 
 @dataclass(frozen=True)
 class Control:
-    """A plan beside the best stock sampler that takes no longer."""
+    """A plan beside the best stock sampler that costs no more."""
 
     plan: Run
     control: Run | None
@@ -45,10 +45,10 @@ class Control:
 
 
 def controls(bench: Bench) -> list[Control]:
-    """For each plan the strongest control: the best of the other roles' rows that take at most 5 % longer.
+    """For each plan the strongest control: the best of the other roles' rows that cost at most 5 % more.
 
-    The row that a run names as its control always takes part. Without timing, the counted network evaluations
-    stand for the latency.
+    It is of the same network. The row that a run names as its control always takes part. The cost is the latency;
+    without timing, and for answers, it is the counted network evaluations.
     """
     metric = bench.primary
     if metric is None:
@@ -57,8 +57,9 @@ def controls(bench: Bench) -> list[Control]:
     pairs = []
     for plan in (run for run in bench.runs if run.role == "plan" and metric in run.metrics):
         score = plan.metrics[metric]
-        limit = EQUAL_LATENCY * cost(bench, plan)
-        allowed = [run for run in stock if cost(bench, run) <= limit or run.name == plan.control]
+        limit = EQUAL_LATENCY * control_cost(bench, plan)
+        rivals = [run for run in stock if run.network == plan.network]
+        allowed = [run for run in rivals if control_cost(bench, run) <= limit or run.name == plan.control]
         control = min(allowed, key=lambda run: badness(run, metric), default=None)
         gap = independent_gap(score, control.metrics[metric]) if control else None
         pairs.append(Control(plan, control, gap, judge(gap, score.higher_is_better)))
@@ -66,8 +67,18 @@ def controls(bench: Bench) -> list[Control]:
 
 
 def cost(bench: Bench, run: Run) -> float:
-    """Seconds per image where every row was timed, else network evaluations per image."""
+    """Seconds per image or answer where every row was timed, else network evaluations."""
     return run.latency.median if bench.timed and run.latency else run.nfe
+
+
+def controls_by_time(bench: Bench) -> bool:
+    """Whether controls cost as many seconds as their plans, and not as many network evaluations."""
+    return bench.timed and bench.subject.controls_by_time
+
+
+def control_cost(bench: Bench, run: Run) -> float:
+    """What a control may spend as much of as its plan."""
+    return cost(bench, run) if controls_by_time(bench) else run.nfe
 
 
 def badness(run: Run, metric: str) -> float:
@@ -208,10 +219,10 @@ def _about_controls(bench: Bench) -> Markup:
     compared = [pair for pair in controls(bench) if pair.control]
     if not compared:
         return Markup("")
-    cost_name = "latency" if bench.timed else "number of evaluations"
+    cost_name = "latency" if controls_by_time(bench) else "number of evaluations"
     won = [pair.plan.name for pair in compared if pair.judgement == "better"]
     lost = [pair.plan.name for pair in compared if pair.judgement != "better"]
-    start = Markup("Against the best stock sampler of equal {}, ").format(cost_name)
+    start = Markup("Against the best {} of equal {}, ").format(bench.subject.stock, cost_name)
     if not lost:
         return start + Markup("every plan is better beyond two standard errors ({}).").format(_listed(won))
     if not won:

@@ -8,10 +8,10 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from ..eval.bench import run_bench
 from ..eval.commandline import options_parser, read_options
 from ..eval.options import BenchOptions
 from ..eval.report_runs import load_bench
+from ..eval.run import run_bench
 from ..eval.table import bench_table
 
 FILE_WIDTH = 140
@@ -21,6 +21,7 @@ EPILOG = """examples:
   fewstep bench                                        the demo that ships
   fewstep bench --pipe DIR --plans a.json b.json       your pipeline, its plans, diffusers' samplers
   fewstep bench --config bench.yaml --n 10000          flags after a file win
+  fewstep bench --pipe demo:tokens                     recipes for token models, beside their baselines
   accelerate launch -m fewstep.eval --pipe DIR         on several GPUs
 
 The same command continues a bench that was stopped. `fewstep plans ls` lists the plans that ship."""
@@ -28,7 +29,7 @@ The same command continues a bench that was stopped. `fewstep plans ls` lists th
 
 def bench_parser() -> ArgumentParser:
     """The flags of ``fewstep bench``."""
-    description = "Score and time a pipeline's plans beside diffusers' own samplers, on the same seeds."
+    description = "Score and time plans beside diffusers' own samplers, or recipes for tokens, on the same seeds."
     return options_parser(BenchOptions, description, EPILOG)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,21 +141,25 @@ def causal_answers(
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        tokens: Tensor = causal.model.generate(  # type: ignore[operator]
+        made: Any = causal.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=real,
             max_new_tokens=gen_length,
             do_sample=False,
             eos_token_id=ends or None,
             pad_token_id=pad,
-        )[:, longest:]
-        for question, prompt, row in zip(asked, prompts, tokens, strict=True):
-            found.append(_causal_answer(models, question, len(prompt), row, ends))
+            return_dict_in_generate=True,
+        )
+        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in made.past_key_values.layers)
+        for question, prompt, row in zip(asked, prompts, made.sequences[:, longest:], strict=True):
+            found.append(_causal_answer(models, question, len(prompt), row, ends, kv_bytes))
         progress(len(asked))
     return found
 
 
-def _causal_answer(models: TokenModels, question: Question, prompt: int, row: Tensor, ends: list[int]) -> Answer:
+def _causal_answer(
+    models: TokenModels, question: Question, prompt: int, row: Tensor, ends: list[int], kv_bytes: int
+) -> Answer:
     ended = torch.isin(row, torch.tensor(ends, dtype=row.dtype, device=row.device)).nonzero()
     length = int(ended[0]) + 1 if len(ended) else len(row)
     text = models.text(row)
@@ -169,7 +174,7 @@ def _causal_answer(models: TokenModels, question: Question, prompt: int, row: Te
         exact=True,
         failed=False,
         reveal=tuple(range(length)),
-        kv_bytes=0,
+        kv_bytes=kv_bytes,
     )
 
 
