@@ -1,4 +1,4 @@
-"""``fewstep search``: plans whose parts are fitted to a pipeline."""
+"""``fewstep search``: plans whose parts are fitted to a pipeline, and recipes for token models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from ..samplers.build_knowledge import build_knowledge_base
 from ..samplers.errors import InputError
 from ..samplers.escalate import Escalate, calibrate_escalation
 from ..samplers.redi import ReDi
+from ..samplers.tokens import Recipe
 from ..search.adaptive import RewardRule, search_adaptive
 from ..search.aligner import fit_aligner
 from ..search.budget import Budget
 from ..search.cache import FRESH, search_cache
 from ..search.router import HARMONICA, LEARNING_TO_CACHE, RouterTraining, train_router
 from .plan_search_command import search_for_plan
+from .recipe_search_command import TokenSetting, search_for_filter, search_for_recipe
 from .search_options import (
     ACTIONS,
     AdaptiveOptions,
@@ -38,7 +40,10 @@ from .search_setting import BATCH, Setting, judges_of
 
 def search_parser() -> ArgumentParser:
     """The parser of ``fewstep search``, still without its actions."""
-    return ArgumentParser(description="Find a plan for a pipeline, or fit a part of one.", exit_on_error=False)
+    return ArgumentParser(
+        description="Find a plan for a pipeline or a recipe for token models, or fit a part of one.",
+        exit_on_error=False,
+    )
 
 
 def add_search_actions(parser: ArgumentParser) -> None:
@@ -49,29 +54,26 @@ def add_search_actions(parser: ArgumentParser) -> None:
 
 
 def run_search_command(parsed: Namespace, command: str) -> None:
-    """Runs the chosen search and writes its plan, complete or not at all."""
+    """Runs the chosen search and writes its plan or recipe, complete or not at all."""
     options = read_options(ACTIONS[parsed.action][0], parsed[parsed.action])
-    setting = Setting.of(options, command)
+    opened, run = RUN[parsed.action]
+    setting = opened(options, command)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with meter(setting.console, shown=True) as bar:
         bar.doing(parsed.action)
-        shown = 0
+        shown = expected = 0
 
         def progress(done: int, total: int, note: float | str | None = None) -> None:
-            nonlocal shown
-            if not shown:
-                bar.expect(total)
+            nonlocal shown, expected
+            bar.expect(total - expected)
             if isinstance(note, str):
                 bar.doing(note)
             bar.advance(done - shown)
-            shown = done
+            shown, expected = done, total
 
-        plan = RUN[parsed.action](setting, options, progress)
-    plan.model_copy(update={"name": plan.name or options.out.stem}).save(options.out)
+        found = run(setting, options, progress)
+    found.model_copy(update={"name": found.name or options.out.stem}).save(options.out)
     setting.console.print(str(options.out), highlight=False, soft_wrap=True)
-
-
-Run = Callable[[Setting, Any, Callable[..., None]], Plan]
 
 
 def _plan(setting: Setting, options: PlanOptions, progress: Callable[..., None]) -> Plan:
@@ -185,7 +187,7 @@ def _knowledge(setting: Setting, options: KnowledgeOptions, progress: Callable[.
     return plan
 
 
-RUN: dict[str, Run] = {
+ON_PIPELINES: dict[str, Callable[[Setting, Any, Callable[..., None]], Plan]] = {
     "plan": _plan,
     "aligner": _aligner,
     "cache": _cache,
@@ -195,6 +197,17 @@ RUN: dict[str, Run] = {
     "start": _start,
     "knowledge": _knowledge,
 }
+
+ON_TOKENS: dict[str, Callable[[TokenSetting, Any, Callable[..., None]], Recipe]] = {
+    "recipe": search_for_recipe,
+    "token-filter": search_for_filter,
+}
+
+RUN: dict[str, tuple[Callable[[Any, str], Any], Callable[..., Plan | Recipe]]] = {
+    **{name: (Setting.of, run) for name, run in ON_PIPELINES.items()},
+    **{name: (TokenSetting.of, run) for name, run in ON_TOKENS.items()},
+}
+"""By action: what opens the setting for the options and the command line, and what searches in it."""
 
 
 def with_action(arguments: Sequence[str]) -> list[str]:

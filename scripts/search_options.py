@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from ..eval.assets import Dtype
 from ..eval.commandline import Flag
+from ..eval.tokens.models import DEMO_TOKENS
 from ..samplers.errors import InputError, unknown_name
 from ..search import LADDERS, OPTUNA_SAMPLERS, PRESETS
+from ..search.tokens import COSTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions:
+class SearchOptions:
     """The flags that every search has."""
+
+    pipe: Annotated[str, Flag("What is searched for.", "PATH|demo:NAME")]
+    out: Annotated[Path, Flag("File to write.", "FILE")]
+    n: Annotated[int, Flag("Number of samples.")]
+    seed: Annotated[int, Flag("Seed of the first sample; fit on others than you score.")] = 1_000_000
+    device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
+    dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
+
+    noun: ClassVar[str] = "plan"
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"--n must be at least 1; got {self.n}")
+        if self.out.suffix.lower() != ".json":
+            raise InputError(f"--out {self.out} is not a {self.noun} file; give a name that ends in .json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(SearchOptions):
+    """The flags of every search on a pipeline."""
 
     pipe: Annotated[str, Flag("Pipeline folder, or a demo such as demo:fashion-dit.", "PATH|demo:NAME")] = (
         "demo:fashion-dit"
@@ -22,21 +44,12 @@ class FitOptions:
     plan: Annotated[Path | None, Flag("Plan file: everything but the part that is searched.", "FILE")] = None
     out: Annotated[Path, Flag("Plan file to write; files that it names go beside it.", "FILE")] = Path("plan.json")
     n: Annotated[int, Flag("Number of samples to fit on.")] = 512
-    seed: Annotated[int, Flag("Seed of the first sample; fit on others than you score.")] = 1_000_000
     prompts: Annotated[Path | None, Flag("Text file with one prompt a line.", "FILE")] = None
     class_labels: Annotated[
         tuple[int, ...], Flag("Labels to cycle through; default: all of the pipeline's.", "LABEL")
     ] = ()
     call_kwargs: Annotated[tuple[str, ...], Flag("Further arguments of the pipeline's call.", "KEY=VALUE")] = ()
-    device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
-    dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
     download: Annotated[bool, Flag("Whether weights may be fetched from a hub.")] = False
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise InputError(f"--n must be at least 1; got {self.n}")
-        if self.out.suffix.lower() != ".json":
-            raise InputError(f"--out {self.out} is not a plan file; give a name that ends in .json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +183,78 @@ class RouterOptions(FitOptions):
     threshold: Annotated[float, Flag("Probability above which a sublayer computes.")] = 0.1
 
 
-ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions(SearchOptions):
+    """The flags of every search on token models, which asks them questions and writes a recipe."""
+
+    noun: ClassVar[str] = "recipe"
+
+    pipe: Annotated[str, Flag("Folder of token models, or demo:tokens.", "PATH|demo:tokens")] = DEMO_TOKENS
+    out: Annotated[Path, Flag("Recipe file to write, with what was measured in .trials.json beside it.", "FILE")] = (
+        Path("recipe.json")
+    )
+    n: Annotated[int, Flag("Questions to choose on, and as many fresh ones to report.")] = 256
+    seed: Annotated[int, Flag("Seed of the first question; choose on others than you score.")] = 1_000_000
+    questions: Annotated[
+        Path | None, Flag("Lines of JSON with task, prompt and answers; default: the demo's tasks.", "FILE")
+    ] = None
+    gen_length: Annotated[int, Flag("Masks after each prompt.")] = 256
+    objective: Annotated[str, Flag(f"What is to be least: {', '.join(COSTS)}.", "COST")] = "token_forwards"
+    limits: Annotated[
+        tuple[str, ...],
+        Flag(
+            "What recipes must keep to, such as mean_accuracy>=0.9; default: worst_accuracy>=0.98*reference.", "LIMIT"
+        ),
+    ] = ()
+    reference: Annotated[
+        str | None,
+        Flag("Recipe that limits may be multiples of; default: one token a step, up to the first end.", "FILE|PRESET"),
+    ] = None
+    batch_size: Annotated[int, Flag("Questions at a time; it does not change answers.")] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gen_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(TokenOptions):
+    """The flags of ``fewstep search recipe``."""
+
+    recipe: Annotated[str, Flag("Recipe that is varied.", "FILE|PRESET")] = "fast-dllm-dual"
+    vary: Annotated[
+        tuple[str, ...],
+        Flag("A field of it and its values: unmask.threshold=0.5,0.7 cache.type=dual,none.", "FIELD=VALUES"),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions(TokenOptions):
+    """The flags of ``fewstep search token-filter``."""
+
+    n: Annotated[int, Flag("Questions to train on, others to choose on, and others to report.")] = 256
+    recipe: Annotated[
+        str | None,
+        Flag("Recipe that gets the filter; default: blocks of its length, up to the first end.", "FILE|PRESET"),
+    ] = None
+    length: Annotated[int, Flag("Positions of the blocks that the filter is made for.")] = 32
+    thresholds: Annotated[tuple[float, ...], Flag("Probabilities of being final to choose from.", "P")] = (
+        0.3,
+        0.5,
+        0.7,
+        0.8,
+        0.9,
+        0.96,
+        0.99,
+    )
+    steps: Annotated[int, Flag("Steps of the optimiser, all data in each.")] = 4000
+    lr: Annotated[float, Flag("Learning rate.")] = 3e-3
+    train_seed: Annotated[int, Flag("Seed of the filter's first weights.")] = 0
+
+
+ACTIONS: dict[str, tuple[type[SearchOptions], str]] = {
     "plan": (PlanOptions, "find steps, solver and more; what is done without an action"),
     "aligner": (AlignerOptions, "fit the times that the network is told"),
     "cache": (CacheOptions, "find how much a cache may reuse within a budget of quality"),
@@ -179,4 +263,6 @@ ACTIONS: dict[str, tuple[type[FitOptions], str]] = {
     "escalate": (EscalateOptions, "find the score below which a teacher finishes a sample"),
     "start": (StartOptions, "measure the Gaussian from which a late start samples"),
     "knowledge": (KnowledgeOptions, "collect the trajectories that a redi part looks up"),
+    "recipe": (RecipeOptions, "find how to decode tokens at the least cost within limits of accuracy"),
+    "token-filter": (FilterOptions, "train Learn2PD's filter, and choose its threshold"),
 }

@@ -159,7 +159,8 @@ def search_recipe(
         command: for the evidence.
 
     Raises:
-        InputError: when no candidate runs, or none keeps to the limits.
+        InputError: when no candidate runs, none keeps to the limits, or a multiple of the reference's accuracy is asked
+            for and that is 0.
     """
     search = _Search(
         candidates.recipes,
@@ -171,6 +172,7 @@ def search_recipe(
         journal or Journal(),
         progress,
     )
+    search.check_reference()
     found = search.choose()
     trials = search.trials(found)
     if found is None:
@@ -275,6 +277,16 @@ class _Search:
         spans = self.spans(count, self.seed + self.n if fresh else self.seed)
         return _sum([self.measure(self.reference, span, "the reference") for span in spans])
 
+    def check_reference(self) -> None:
+        """Raises ``InputError`` for a limit that anything keeps to because the reference answers nothing right."""
+        reference = self.of_reference(self.n)
+        for limit in self.objective.limits:
+            if limit.of_reference and limit.bound(reference) == 0:
+                raise InputError(
+                    f"the limit {limit} asks for nothing, the reference's {limit.quantity} is 0 on {self.n} questions; "
+                    "give another reference, or a number"
+                )
+
     def choose(self) -> RecipeCandidate | None:
         """The cheapest candidate that keeps to the limits on all questions, if there is one."""
         field = list(self.candidates)
@@ -340,7 +352,7 @@ class _Search:
             for limit in self.objective.limits:
                 estimate, bound = trial.tally.estimate(limit.quantity), limit.bound(reference)
                 shown = f"{limit.quantity} {estimate.value:.4g} +- {estimate.se:.2g} where {limit} asks for {bound:.4g}"
-                missed.append((limit.slack(trial.tally, reference).value / (bound or 1.0), shown))
+                missed.append((limit.slack(trial.tally, reference).value / bound, shown))
             return min(missed)
 
         nearest = max(trials, key=lambda trial: worst(trial)[0])

@@ -255,6 +255,14 @@ def test_nothing_within_the_limits_names_the_nearest(tmp_path):
     assert [row["state"] for row in kept["trials"]] == ["limit"] * 3
 
 
+def test_a_reference_that_answers_nothing_limits_nothing():
+    with pytest.raises(InputError, match=r"the limit mean_accuracy>=0\.9\*reference asks for nothing, the reference's"):
+        search_recipe(
+            thresholds([0.5]), limited("mean_accuracy>=0.9*reference"), synthetic({0.5: (1.0, 1), 0.9: (0.0, 9)}),
+            n=8, seed=0, reference=Recipe(unmask=Threshold(threshold=0.9)),
+        )  # fmt: skip
+
+
 def test_a_limit_drops_only_what_is_beyond_its_error():
     limit = TokenLimit.parse("worst_accuracy>=0.9")
     tally = Tally(right={"a": (8, 10), "b": (10, 10)}, nfe=(40, 80), token_forwards=(400, 8000), product=800)
