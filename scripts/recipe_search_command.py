@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 
@@ -21,8 +22,10 @@ from ..eval.tokens import (
     read_questions,
     task_questions,
 )
+from ..eval.tokens.models import DEMO_TOKENS
+from ..eval.tokens.rows import read_recipes
 from ..samplers.errors import InputError
-from ..samplers.tokens import RECIPES, Recipe
+from ..samplers.tokens import Recipe
 from ..search.tokens import (
     REFERENCE,
     Candidates,
@@ -84,6 +87,8 @@ class TokenSetting:
         limits = tuple(map(TokenLimit.parse, options.limits))
         objective = TokenObjective(options.objective, limits) if limits else TokenObjective(options.objective)
         reference = REFERENCE if options.reference is None else named_recipe(options.reference)
+        if options.questions is None and options.pipe != DEMO_TOKENS:
+            raise InputError(f"--pipe {options.pipe} has no questions of its own; give --questions FILE")
         device = options.device or str(process_state(None).device)
         models = load_token_models(options.pipe, dtype=options.dtype, device=device)
         lines = [] if options.questions is None else read_questions(options.questions)
@@ -143,7 +148,8 @@ def named_recipe(name: str) -> Recipe:
     Raises:
         InputError: when there is neither.
     """
-    return Recipe.load(name) if name.lower().endswith(".json") else RECIPES[name]
+    [(_, recipe)] = read_recipes((), (Path(name),))
+    return recipe
 
 
 def search_for_recipe(setting: TokenSetting, options: RecipeOptions, progress: Callable[..., None]) -> Recipe:

@@ -198,7 +198,7 @@ class TokenOptions(SearchOptions):
     questions: Annotated[
         Path | None, Flag("Lines of JSON with task, prompt and answers; default: the demo's tasks.", "FILE")
     ] = None
-    gen_length: Annotated[int, Flag("Masks after each prompt.")] = 256
+    gen_length: Annotated[int, Flag("Masks after each prompt.")] = 64
     objective: Annotated[str, Flag(f"What is to be least: {', '.join(COSTS)}.", "COST")] = "token_forwards"
     limits: Annotated[
         tuple[str, ...],

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 
 from ..jackknife import Estimate
 from .answers import Answer
+from .scores import share_error
 
 
 def share(right: int, asked: int) -> Estimate:
-    """The share of right answers.
-
-    Its error is that of the adjusted share, with two right and two wrong answers more (Agresti and Coull, 1998), so
-    that it is above 0 also where all answers are right.
-    """
-    adjusted = (right + 2) / (asked + 4)
-    return Estimate(right / asked, math.sqrt(adjusted * (1 - adjusted) / (asked + 4)), asked)
+    """The share of right answers."""
+    return Estimate(right / asked, share_error(right, asked), asked)
 
 
 @dataclass(frozen=True, slots=True)

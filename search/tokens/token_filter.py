@@ -43,7 +43,7 @@ class FilterTraining:
     """
 
     length: int = 32
-    gen_length: int = 256
+    gen_length: int = 64
     steps: int = 4000
     lr: float = 3e-3
     seed: int = 0

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fewstep.eval.tokens import models
 from fewstep.samplers.files import read_json
 from fewstep.samplers.tokens import Recipe, Threshold, TokenFilter, decode, load_denoiser
 from fewstep.scripts import recipe_search_command
@@ -14,7 +15,7 @@ from fewstep.scripts.demo import train_tokens
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
+    folder = tmp_path_factory.mktemp("demo") / "tokens"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for kind in ("masked", "ar"):
@@ -23,12 +24,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def command(folder, tmp_path):
-    """Runs an action with few questions; the exit status."""
+def command(folder, tmp_path, monkeypatch):
+    """Runs an action with few questions on models in the place of the demo's; the exit status."""
+    monkeypatch.setattr(models, "DEMO", folder.parent)
 
     def run(action, *arguments, out="found.json"):
         few = ["--n", "8", "--gen_length", "8", "--limits", "nfe<=100"]
-        where = ["--pipe", str(folder), "--out", str(tmp_path / "deep" / out)]
+        where = ["--out", str(tmp_path / "deep" / out)]
         return main(["search", action, *where, *few, *arguments])
 
     return run
@@ -101,7 +103,7 @@ def test_token_filter(command, found, folder, tmp_path):
         ("recipe", ["--objective", "latency"], "unknown objective 'latency'"),
         ("recipe", ["--reference", "lada"], "unknown recipe 'lada'; did you mean 'llada'?"),
         ("recipe", ["--limits", "nfe<=0.5"], "none of 1 candidates kept to the limits nfe<=100, nfe<=0.5; the nearest"),
-        ("recipe", ["--pipe", "nowhere"], "--pipe nowhere holds no token model"),
+        ("recipe", ["--pipe", "nowhere"], "--pipe nowhere has no questions of its own; give --questions FILE"),
         ("recipe", ["--gen_length", "0"], "--gen_length must be at least 1; got 0"),
         ("recipe", ["--out", "found.txt"], "--out found.txt is not a recipe file; give a name that ends in .json"),
         ("token-filter", ["--thresholds", "1.5"], "a threshold is a probability, 0 to 1; got 1.5"),
