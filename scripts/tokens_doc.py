@@ -135,7 +135,7 @@ def _bench(found: Found | None) -> list[str]:
 def _pair(found: Sequence[Any] | None) -> str:
     if found is None:
         return ""
-    return number(*found) if found[1] is not None else f"{found[0]:.2f}"
+    return number(found[0], found[1]) if found[1] is not None else f"{found[0]:.2f}"
 
 
 def _caches(found: Found) -> list[str]:
@@ -143,7 +143,7 @@ def _caches(found: Found) -> list[str]:
     for kind, head in (("agreement", ""), ("accuracy", ACCURACY_HEAD.format(**found))):
         blocks += [head] * bool(head)
         for (model, about), policy in product(found["models"].items(), POLICIES):
-            rows = [row for row in found[kind] if (row["model"], row["policy"]) == (model, policy)]
+            rows = [row for row in found.get(kind, ()) if (row["model"], row["policy"]) == (model, policy)]
             if not rows:
                 continue
             full = about["attention"] == "full"
@@ -208,7 +208,7 @@ def _single(row: Found) -> list[str]:
     answer = row["answer"]
     return [
         _name(row),
-        *(number(*answer[kind]["same"], 3) for kind in ("certain", "dependent")),
+        *(number(answer[kind]["same"][0], answer[kind]["same"][1], 3) for kind in ("certain", "dependent")),
         f"{answer['dependent']['kl'][0]:.3f}",
         f"{answer['total']['committed_same'][0]:.3f}",
         f"{row['token_forwards']:.2f}",
@@ -354,7 +354,7 @@ def _exactness(name: str) -> list[str]:
     cache = CACHES[name]
     found = []
     for spec in (FULL, BLOCK_CAUSAL):
-        if cache().exactness(spec):
+        if cache.model_validate({}).exactness(spec):
             found.append("exact")
             continue
         settings = next(

@@ -8,7 +8,8 @@ positions of the answer, up to its end in the uncached decoding: what lies behin
 
 *Accuracy.* The same recipes decode by themselves, on the same questions.
 
-Each cell is a file of ``--work``; a run that was stopped goes on.
+Each cell is a file of ``--work``; a run that was stopped goes on, and with ``--kinds`` two runs share the work, after
+which one of both kinds only writes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ DEPENDENT = ("replace-random", "shuffle", "latin-3", "latin-4")
 "Tasks in which several answers are right, so that a token decides about others."
 TIE = 1e-4
 "Tokens whose log-probabilities are this near are equally likely."
-KINDS = ("positions", "same", "kl", "committed", "committed_same")
+KINDS = ("agreement", "accuracy")
+SUMS = ("positions", "same", "kl", "committed", "committed_same")
 AREAS = ("answer", "open")
 DIGITS = 5
 
@@ -89,11 +91,11 @@ def compared(denoiser: Denoiser, along: Trajectory, recipe: Recipe, seed: int) -
     """Follows a trajectory with the cache of ``recipe``.
 
     Returns:
-        (B, areas, kinds) float64, sums over steps and positions: those compared, those whose likeliest token is the
+        (B, areas, sums) float64, sums over steps and positions: those compared, those whose likeliest token is the
         same, the divergence KL(uncached | cached) in nats, those committed in this step, and those of them whose
         likeliest token is the same; and what was spent.
     """
-    sums = torch.zeros(len(along.prompts), len(AREAS), len(KINDS), dtype=torch.float64)
+    sums = torch.zeros(len(along.prompts), len(AREAS), len(SUMS), dtype=torch.float64)
     count = 0
 
     def watch(state: DecodeState) -> None:
@@ -217,9 +219,10 @@ class CacheBench:
     @cached_property
     def denoisers(self) -> dict[str, DenoiserSpec]:
         """The first of each kind of attention, by name."""
-        found = {denoiser.spec.attention: name for name, denoiser in reversed(self.models.denoisers.items())}
-        names = [name for name in self.models.denoisers if name in found.values()]
-        return {name: self.models.denoisers[name].spec for name in names}
+        found: dict[str, tuple[str, DenoiserSpec]] = {}
+        for name, denoiser in self.models.denoisers.items():
+            found.setdefault(denoiser.spec.attention, (name, denoiser.spec))
+        return dict(found.values())
 
     def agreement(self, model: str, case: Case, policy: Policy) -> dict[str, Any]:
         """The row of a cache along uncached trajectories."""
@@ -312,6 +315,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="questions that trajectories are followed for")
     parser.add_argument("--answers", type=int, default=320, help="questions behind each accuracy")
     parser.add_argument("--gen_length", type=int, default=64, help="masks after each prompt")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = load_token_models(options.pipe)
@@ -323,7 +327,7 @@ def main() -> None:
         name: {"attention": spec.attention, "block_length": spec.block_length, "fingerprint": models.prints[name]}
         for name, spec in bench.denoisers.items()
     }
-    for kind, row in rows(bench):
+    for kind, row in rows(bench, options.kinds):
         result.setdefault(kind, []).append(row)
         write_rows(options.out, result)
         print(f"{kind}: {row['model']}, {row['policy']}, {row['family']} {row['setting']}", flush=True)  # noqa: T201
@@ -339,15 +343,17 @@ def write_rows(path: Path, result: dict[str, Any]) -> None:
     write_text(path, text + "\n}\n")
 
 
-def rows(bench: CacheBench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All cells, those of one trajectory together."""
+def rows(bench: CacheBench, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All cells of these kinds, those of one trajectory together."""
     for model, spec in bench.denoisers.items():
         cells = [(case, policy) for case in agreement_cases(spec) for policy in case.policies]
         for case, policy in sorted(cells, key=lambda cell: str(cell[0].recipe(cell[1], NO_CACHE).to_json())):
-            yield "agreement", bench.agreement(model, case, policy)
+            if "agreement" in kinds:
+                yield "agreement", bench.agreement(model, case, policy)
         for case in accuracy_cases(spec):
             for policy in case.policies:
-                yield "accuracy", bench.accuracy(model, case, policy)
+                if "accuracy" in kinds:
+                    yield "accuracy", bench.accuracy(model, case, policy)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewstep.samplers.tokens import (
-    CACHES,
     BlockPrefix,
     BlockSchedule,
     DenoiserSpec,
@@ -32,6 +31,7 @@ from fewstep.samplers.tokens import (
     TokenCache,
     Unmask,
 )
+from fewstep.samplers.tokens.none import NoCache
 
 Policy = Literal["one", "threshold", "random"]
 
@@ -46,7 +46,7 @@ INTERVALS = (1, 2, 4, 8, 16, BLOCK)
 DRIFTS = (0.02, 0.05, 0.1, 0.2)
 "Limits of the drift probe."
 
-NO_CACHE: TokenCache = CACHES["none"]()
+NO_CACHE = NoCache()
 
 
 @dataclass(frozen=True)
