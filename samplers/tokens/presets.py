@@ -28,6 +28,7 @@ from .prompt_prefill import PromptPrefill
 from .prophet import Prophet
 from .proposal import Proposal
 from .quota import Quota
+from .recap import Recap
 from .recipe import RECIPES, Recipe
 from .remdm import ReMDM
 from .similarity import SimilarityCache
@@ -65,6 +66,15 @@ RECIPES.register("prophet")(_FAST.replace(name="prophet", unmask=Quota(tokens=1)
 RECIPES.register("ass")(Recipe(name="ass", blocks=AscendingBlocks(), unmask=Ascending()))
 RECIPES.register("eoser")(_FAST.replace(name="eoser", unmask=Quota(tokens=2), logits=EndSuppression()))
 RECIPES.register("maskgit")(Recipe(name="maskgit", unmask=MaskGIT(temperature=(4.5, 0.0)), propose=_DRAWN))
+# Without guidance, and without the sampling temperature that falls from 1 to 0.75 over the steps.
+RECIPES.register("recap")(
+    Recipe(
+        name="recap",
+        unmask=MaskGIT(steps=32, schedule="concave", temperature=(5.5, 0.0)),
+        propose=_DRAWN,
+        cache=Recap(plain_steps=12, local_steps=1),
+    )
+)
 RECIPES.register("amused")(Recipe(name="amused", unmask=MaskGIT(), propose=_DRAWN, logits=TokenGuidance(scale=10.0)))
 RECIPES.register("llada-2.1")(
     Recipe(

@@ -357,6 +357,7 @@ def test_groups_of_no_local_steps_need_no_quota():
     ("fast-dllm-v2-sub-block", SubBlockCache(), Nested(length=None, inner=8)),
     ("dimple-prefill", PromptPrefill(), Whole()),
     ("dkv", DkvCache(refresh=8), Fixed(length=64)),
+    ("recap", Recap(plain_steps=12, local_steps=1), Whole()),
     ("dllm-cache", SimilarityCache(prompt_refresh=100, answer_refresh=7, share=0.25), Whole()),
 ])  # fmt: skip
 def test_presets_with_caches(name, cache, blocks):

@@ -1,7 +1,7 @@
 """Unmask policies against closed forms, exact laws and rules by hand."""
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import oracles
 import pytest
@@ -244,6 +244,14 @@ def test_maskgit_leaves_as_many_masks_as_amused(masks, steps, schedule):
     assert ours == [count for step, count in enumerate(left) if step == 0 or left[step - 1] > count]
 
 
+def test_maskgit_with_the_schedule_of_recap_takes_few_tokens_at_first():
+    """256 tokens in 8 steps: floor(256 (1 - (i / 8)^2.5)) are left after step i."""
+    left = [256, *(math.floor(256 * (1 - (step / 8) ** 2.5)) for step in range(1, 9))]
+    decoded = decode(by_position([0.5] * 256), [[]], 256, Recipe(unmask=MaskGIT(steps=8, schedule="concave")))
+    assert counts_by_step(decoded) == [before - after for before, after in pairwise(left)]
+    assert left[1:3] == [254, 248]
+
+
 def test_maskgit_is_annealed_gumbel_noise():
     """With noise of scale 2 the surer of two is first with odds (0.8 / 0.5)^(1/2), without noise always."""
     recipe = Recipe(unmask=MaskGIT(steps=2))
@@ -308,7 +316,7 @@ def test_common_tokens_count_less_when_calibrated():
     ({"type": "local-leap", "threshold": 0.5}, "relaxed has to be at most the threshold"),
     ({"type": "dimple", "end": 1}, "less than 1; got 1"),
     ({"type": "ancestral", "steps": 0}, "greater than or equal to 1; got 0"),
-    ({"type": "maskgit", "schedule": "sine"}, "'cosine' or 'linear'; got 'sine'"),
+    ({"type": "maskgit", "schedule": "sine"}, "'cosine', 'linear' or 'concave'; got 'sine'"),
     ({"type": "pc"}, "exactly one of steps, steps_per_block and tokens"),
 ])  # fmt: skip
 def test_fields_that_make_no_sense_are_refused(fields, words):
