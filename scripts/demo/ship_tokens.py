@@ -15,7 +15,8 @@ from fewstep.scripts.demo.train_tokens import BLOCK, KINDS, TOKENS, save_model
 from fewstep.scripts.demo.trainer import read_header
 
 SUMMARIES = {
-    "masked": "A masked-diffusion model (MDLM, arXiv:2406.07524) with attention in both directions",
+    "masked": """A masked-diffusion model (MDLM, arXiv:2406.07524) with attention in both directions, whose outputs
+predict the token after theirs""",
     "block": f"""A block-diffusion model (arXiv:2503.09573) with block-causal attention, {BLOCK} tokens a block
 counted from the first of the answer""",
     "ar": "The autoregressive twin of the two diffusion models",
@@ -40,7 +41,7 @@ tokenizer = AutoTokenizer.from_pretrained("eval/demo/tokens/{kind}")
   {tasks}; or `verse ` and the first words of a verse. `fewstep.eval.tokens` makes and judges them.
 * Data: these tasks, generated without end, and the King James Bible (1611; its copyright has expired) as Debian's
   package `bible-kjv-text` has it, without every fiftieth verse.
-* Training: {steps} steps of {tokens:,} tokens, AdamW, cosine decay from {lr}, averaged weights (decay {ema}),
+* Training: {begun}{steps} steps of {tokens:,} tokens, AdamW, cosine decay from {lr}, averaged weights (decay {ema}),
   {minutes:.0f} minutes on a CPU shared with other work: `python -m fewstep.scripts.demo.train_tokens --kind {kind}`.
 * Weights in half precision, computed in float32. Licence: Apache-2.0.
 """
@@ -56,6 +57,7 @@ def card(kind: str, count: int, header: dict[str, str]) -> str:
         vocabulary=VOCABULARY,
         loader="load_causal" if kind == "ar" else "load_denoiser",
         tasks=", ".join(f"`{name}`" for name in TASKS),
+        begun="" if kind == "ar" else "from the weights of `ar`, ",
         steps=header["step"],
         tokens=TOKENS,
         lr=recipe["lr"],

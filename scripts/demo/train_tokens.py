@@ -1,8 +1,13 @@
 """Trains the demo's token models: a masked-diffusion one, a block-causal one, and their autoregressive twin.
 
 All three are Llama decoders of one shape, which differ in what a position attends to and in what it predicts. Each
-answer position is weighted by 1, and what follows an answer's end by `PADDING_WEIGHT`: a weight of a position changes
-how fast it is learned and not what is right there.
+answer position is weighted by 1, and what follows an answer's end by `PADDING_WEIGHT`; every mask counts alike
+(MaskGIT, arXiv:2202.04200), without the 1/t of the diffusion bound, which weights the steps with few masks most: a
+weight changes how fast something is learned and not what is right there.
+
+The diffusion models begin from the twin's weights (``--start``, as DiffuLLaMA, arXiv:2410.17891, and Dream,
+arXiv:2508.15487, do): after 150 steps they copy better than after 1,500 from random ones. The masked model keeps the
+twin's shift, so that the output at a position predicts the token after it.
 """
 
 from __future__ import annotations
@@ -60,10 +65,18 @@ def new_model(width: int = 160, layers: int = 6) -> LlamaForCausalLM:
     )
 
 
+def begun(folder: Path) -> LlamaForCausalLM:
+    """A model of this script, to train on: its weights in float32."""
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+    return model
+
+
 def spec_of(kind: str) -> DenoiserSpec:
     """What the decode loop must know of the masked and of the block-causal model."""
     if kind == "masked":
-        return DenoiserSpec(mask_id=MASK, vocab_size=VOCABULARY, eos_ids=(EOS,))
+        return DenoiserSpec(mask_id=MASK, vocab_size=VOCABULARY, eos_ids=(EOS,), logit_shift=1)
     return DenoiserSpec(
         mask_id=MASK,
         vocab_size=VOCABULARY,
@@ -97,9 +110,9 @@ def weights(batch: Batch) -> Tensor:
     return weight * (columns >= batch.answer[:, None])
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Weighted mean over positions: logits (N, V), tokens (N,), weight (N,), ``total`` the sum of all weights."""
-    return (torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * weight).sum() / total
+def cross_entropy(logits: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over positions: logits (N, V), tokens (N,), weight (N,)."""
+    return (torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * weight).sum() / weight.sum()
 
 
 def noised(batch: Batch, time: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -110,19 +123,17 @@ def noised(batch: Batch, time: Tensor, generator: Generator) -> tuple[Tensor, Te
 
 
 def masked_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
-    """The masked-diffusion bound, 1/t times the cross-entropy at masks (MDLM, arXiv:2406.07524, Section 3.3)."""
+    """The cross-entropy at masks, of which a row has any share, given all that is not masked."""
     rows, length = batch.tokens.shape
-    time = times((rows, 1), generator).clamp(min=1 / length)
-    seen, hidden = noised(batch, time, generator)
+    seen, hidden = noised(batch, times((rows, 1), generator), generator)
     attend = torch.ones(1, 1, length, length, dtype=torch.bool)
     states = model.model(input_ids=seen, attention_mask=attend, use_cache=False).last_hidden_state
-    weight = weights(batch)
-    logits = model.lm_head(states[hidden])
-    return cross_entropy(logits, batch.tokens[hidden], (weight / time)[hidden], weight.sum())
+    logits = model.lm_head(states[:, :-1][hidden[:, 1:]])
+    return cross_entropy(logits, batch.tokens[hidden], weights(batch)[hidden])
 
 
 def block_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
-    """The bound of block diffusion (arXiv:2503.09573, Section 3.1), all blocks in one pass.
+    """The same for block diffusion, all blocks in one pass (arXiv:2503.09573, Section 3.1).
 
     A row is read as it is and, from the first column where an answer begins, noised with a time of its own in each
     block. A noised block attends to itself and to the clean blocks before it, a clean one to itself and those before.
@@ -130,8 +141,7 @@ def block_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> T
     rows, length = batch.tokens.shape
     columns, start = torch.arange(length), int(batch.answer.min())
     block = (columns - batch.answer[:, None]).div(BLOCK, rounding_mode="floor").clamp(min=-1)
-    time = times((rows, length // BLOCK + 2), generator).clamp(min=1 / BLOCK).gather(1, block + 1)
-    seen, hidden = noised(batch, time, generator)
+    seen, hidden = noised(batch, times((rows, length // BLOCK + 2), generator).gather(1, block + 1), generator)
     before, same = block[:, :, None] > block[:, None], block[:, :, None] == block[:, None]
     clean = torch.cat([before | same, torch.zeros_like(same)[:, :, start:]], 2)
     attend = torch.cat([clean, torch.cat([before, same[:, :, start:]], 2)[:, start:]], 1)
@@ -141,9 +151,8 @@ def block_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> T
         position_ids=torch.cat([columns, columns[start:]])[None],
         use_cache=False,
     ).last_hidden_state
-    weight = weights(batch)
     logits = model.lm_head(states[:, length:][hidden[:, start:]])
-    return cross_entropy(logits, batch.tokens[hidden], (weight / time)[hidden], weight.sum())
+    return cross_entropy(logits, batch.tokens[hidden], weights(batch)[hidden])
 
 
 def causal_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> Tensor:
@@ -152,7 +161,7 @@ def causal_loss(model: LlamaForCausalLM, batch: Batch, generator: Generator) -> 
     states = model.model(input_ids=seen, use_cache=False).last_hidden_state
     weight = weights(batch)
     counted = weight > 0
-    return cross_entropy(model.lm_head(states[counted]), batch.tokens[counted], weight[counted], weight.sum())
+    return cross_entropy(model.lm_head(states[counted]), batch.tokens[counted], weight[counted])
 
 
 LOSSES: dict[str, Callable[[LlamaForCausalLM, Batch, Generator], Tensor]] = {
@@ -171,9 +180,11 @@ def draw_batch(mixture: Mixture, generator: Generator, tokens: int = TOKENS) -> 
 
 def main() -> None:
     """Trains one kind into ``--work`` and saves it, in half precision, as ``--work``/model."""
-    parser = training_parser(__doc__, steps=16000, images=False)
+    parser = training_parser(__doc__, steps=5000, images=False)
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--text", type=Path, required=True, help="verses, as `bible -f 'Ge1:1-Rev22:21'` prints them")
+    parser.add_argument("--start", type=Path, help="model folder to begin from, such as that of the twin")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, on CPUs that are faster with it")
     options = parser.parse_args()
@@ -181,13 +192,13 @@ def main() -> None:
     verses, _ = split_verses(read_verses(options.text))
     mixture = Mixture(new_tokenizer(), verses)
     torch.manual_seed(options.seed)
-    model, loss = new_model(), LOSSES[options.kind]
+    model, loss = new_model() if options.start is None else begun(options.start), LOSSES[options.kind]
 
     def loss_function(generator: Generator) -> dict[str, Tensor]:
         return {options.kind: loss(model, draw_batch(mixture, generator), generator)}
 
     recipe = Recipe(
-        steps=options.steps, lr=2e-3, weight_decay=0.01, seed=options.seed, bf16=options.bf16, save_every=250
+        steps=options.steps, lr=options.lr, weight_decay=0.01, seed=options.seed, bf16=options.bf16, save_every=250
     )
     record = train(model, loss_function, recipe, options.work)
     save_model(options.kind, options.work / "model", model.half())
