@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ...samplers import fingerprint
 from ...samplers.errors import InputError
@@ -126,13 +128,27 @@ def load_token_models(spec: str, *, dtype: Dtype = "float32", device: str = "cpu
     if len(causal) == len(folders):
         raise InputError(f"--pipe {spec} holds no denoiser; give a folder that save_denoiser wrote")
     settings: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": device}
-    loaded = {path.name: load_denoiser(path, **settings) for path, kind in kinds.items() if kind == "denoiser"}
+    with _no_bars():
+        loaded = {path.name: load_denoiser(path, **settings) for path, kind in kinds.items() if kind == "denoiser"}
+        twin = load_causal(causal[0], **settings) if causal else None
     return TokenModels(
         spec=spec,
         tokenizer=_tokenizer(folders),
         denoisers=dict(sorted(loaded.items(), key=lambda item: (item[1].spec.attention != "full", item[0]))),
-        causal=load_causal(causal[0], **settings) if causal else None,
+        causal=twin,
     )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, for the block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _tokenizer(folders: list[Path]) -> Any:
