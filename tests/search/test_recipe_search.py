@@ -3,10 +3,9 @@
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
+from tokens import oracles
 
 from fewstep.eval.tokens import Answer
 from fewstep.samplers import InputError
@@ -24,9 +23,6 @@ from fewstep.search.tokens import (
     search_recipe,
     vary,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
-import oracles
 
 SHUFFLE = oracles.shuffle(4)
 COPY = oracles.copy(4)

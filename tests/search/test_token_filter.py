@@ -1,11 +1,10 @@
 """Learn2PD's filter: what it is trained on, the file that is kept, and the threshold that is chosen."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokens import oracles
 
 from fewstep.eval.tokens import Question, TokenModels, answers
 from fewstep.samplers import InputError
@@ -22,9 +21,6 @@ from fewstep.search.tokens import (
     search_recipe,
     token_filter,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
-import oracles
 
 ITEMS = 4
 ORACLE = oracles.replace_random(ITEMS)
