@@ -32,6 +32,7 @@ from .record import (
     SamplingConfig,
     component_prints,
     digest,
+    drop_old_controls,
     is_final,
     refuse_strangers,
     sampling_config,
@@ -277,6 +278,7 @@ class Bench:
 
     def record(self, rows: Sequence[Row], progress: Meter) -> None:
         """Scores what has no final record yet, and writes one record for each row."""
+        drop_old_controls(self.options.out, self.seeds_of_record, {row.name for row in rows})
         env = environment(str(self.pipe.device))
         reference: Scores | None = None
         for row in rows:

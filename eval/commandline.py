@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -25,8 +26,8 @@ EXIT_INTERRUPTED = 130
 class Flag:
     """Annotation of an option: its help text, and what stands for its value there.
 
-    An option of type ``tuple[X, ...]`` takes several values after its flag; one that is empty by default may be given
-    several times, and has the values of all.
+    An option of type ``tuple[X, ...]`` takes several values after its flag; one that is empty by default and not of
+    paths may be given several times, and has the values of all.
     """
 
     help: str
@@ -62,7 +63,7 @@ def options_parser(options: type, description: str, epilog: str = "") -> Argumen
         extra: dict[str, Any] = {"metavar": flag.metavar} if flag.metavar else {}
         if typing.get_origin(hint) is tuple:
             hint, extra["nargs"] = typing.get_args(hint)[0], "+"
-            if not field.default:
+            if not field.default and hint is not Path:  # jsonargparse cannot print extended paths
                 extra["action"] = "extend"
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         parser.add_argument(f"--{field.name}", type=hint, default=default, help=flag.help, **extra)

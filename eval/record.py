@@ -299,7 +299,8 @@ def refuse_strangers(out: Path, model_hash: str, seeds: tuple[int, int], names: 
         names: their names; runs of these names will be made again when they differ in n.
 
     Raises:
-        InputError: for runs of another pipeline or configuration, or other rows on other seeds.
+        InputError: for runs of another pipeline or configuration, or other rows on other seeds; controls come and go
+            with the plans (`drop_old_controls`).
     """
     for path in sorted((out / "runs").glob("*.json")):
         run = read_run(path)
@@ -309,9 +310,23 @@ def refuse_strangers(out: Path, model_hash: str, seeds: tuple[int, int], names: 
                 f"--out {out} holds runs of other weights or settings ({pipe}, row {run['name']}); "
                 "give another --out, or delete that folder"
             )
-        if run["name"] not in names and tuple(run["seeds"]) != seeds:
+        if run["role"] != "control" and run["name"] not in names and tuple(run["seeds"]) != seeds:
             first, end = run["seeds"]
             raise InputError(
                 f"--out {out} holds row {run['name']} on seeds {first} to {end - 1}, "
                 f"not {seeds[0]} to {seeds[1] - 1}; give --n {end - first} --seed {first}, or another --out"
             )
+
+
+def drop_old_controls(out: Path, seeds: tuple[int, int], names: set[str]) -> None:
+    """Removes the records of controls on other seeds: with another n a plan can have another control.
+
+    Args:
+        out: the folder of the bench.
+        seeds: of its rows.
+        names: of its rows; their records will be made again.
+    """
+    for path in (out / "runs").glob("*.json"):
+        run = read_run(path)
+        if run["role"] == "control" and run["name"] not in names and tuple(run["seeds"]) != seeds:
+            path.unlink()

@@ -80,6 +80,8 @@ def _decoding(read: Callable[[Decoding], Any]) -> Callable[[Run], Any]:
 
 
 def _size(count: float) -> str:
+    if not count:
+        return "none"
     return f"{count / 2**20:.3g} MiB" if count >= 2**20 else f"{count / 2**10:.3g} KiB"
 
 

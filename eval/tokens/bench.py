@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from ..bench import make_folder, process_state, time_of_day
 from ..environment import environment
 from ..options import IMAGES_ONLY, BenchOptions
 from ..progress import Meter, meter
-from ..record import Decoding, Paired, RunRecord, SamplingConfig, digest, is_final, read_run, refuse_strangers
+from ..record import Decoding, Paired, RunRecord, SamplingConfig, digest, drop_old_controls, is_final, refuse_strangers
 from ..report import write_report
 from ..report_csv import write_csv
 from ..timing_files import load_measured, save_timing, timing_conditions
@@ -34,7 +34,6 @@ from .rows import (
     control_tokens,
     most_tokens,
     read_recipes,
-    static_names,
     static_row,
     token_rows,
 )
@@ -89,7 +88,7 @@ def open_token_bench(options: BenchOptions, device: str, command: str, started: 
         command=command,
         started=started,
     )
-    names = {row.name for row in found.rows} | static_names(models)
+    names = {row.name for row in found.rows}
     refuse_strangers(options.out, bench.config(found.rows[0]).model_hash, bench.seeds_of_record, names)
     make_folder(options.out)
     return bench
@@ -204,7 +203,7 @@ class TokenBench:
     def _complete(self, row: TokenRow, progress: Meter) -> AnswerFile:
         return self.answer_set(row).complete(
             self.models,
-            lambda questions: self._ask(row, questions),
+            partial(self._ask, row),
             self.options.batch_size,
             lambda count: progress.advance(self._steps(row) * count),
         )
@@ -261,7 +260,7 @@ class TokenBench:
         for row in missing:
             progress.doing(f"timing {row.name}")
             timing = measure_answers(
-                lambda questions, row=row: self._ask(row, questions),
+                partial(self._ask, row),
                 self._timed,
                 batch_size=self.options.batch_size,
                 calls=latency_calls(self._timed, self.options.timing_repeats),
@@ -290,20 +289,13 @@ class TokenBench:
     def record(self, rows: Sequence[TokenRow], progress: Meter) -> None:
         """Writes one record for each row that has no final one yet."""
         progress.doing("scoring")
-        self._drop_old_controls({row.name for row in rows})
+        drop_old_controls(self.options.out, self.seeds_of_record, {row.name for row in rows})
         env = environment(str(self.device))
         reference = self._marks(rows[0])
         for row in rows:
             request = self._request(row, rows[0])
             if not is_final(self.options.out, row.name, request):
                 self._run_record(row, rows[0], request, reference, env).save(self.options.out)
-
-    def _drop_old_controls(self, names: set[str]) -> None:
-        """Controls of a smaller n that are nobody's any more; their answers stay."""
-        for path in (self.options.out / "runs").glob("*.json"):
-            run = read_run(path)
-            if run["role"] == "control" and run["name"] not in names:
-                path.unlink()
 
     def _marks(self, row: TokenRow) -> Marks:
         return Marks.of(self.answer_set(row).read().answers)

@@ -125,15 +125,6 @@ def _block_of(spec: DenoiserSpec) -> int | None:
     return BLOCK if spec.attention == "full" else None
 
 
-def static_names(models: TokenModels) -> set[str]:
-    """Names of all rows that could be somebody's control."""
-    return {
-        static_row(models, network, tokens, "control").name
-        for network in models.denoisers
-        for tokens in range(1, most_tokens(models, network) + 1)
-    }
-
-
 def most_tokens(models: TokenModels, network: str) -> int:
     """Tokens a step beyond which a static row does not get faster: those of a block."""
     spec = models.denoisers[network].spec
@@ -197,6 +188,6 @@ def read_recipes(files: Iterable[Path], names: Iterable[Path]) -> list[tuple[str
     """
     found = [(path.stem, Recipe.load(path)) for path in files]
     for path in names:
-        preset = not path.exists() and path.suffix != ".json" and len(path.parts) == 1
+        preset = not path.is_file() and path.suffix != ".json" and len(path.parts) == 1
         found.append((path.stem, RECIPES[path.name] if preset else Recipe.load(path)))
     return found

@@ -236,6 +236,8 @@ def test_plan_gets_a_control_of_equal_latency(folders, tmp_path, monkeypatch):
     assert record(out, "quick")["role"] == "plan"
     assert record(out, "control-own-3")["role"] == "control"
     assert record(out, "control-own-3")["nfe"] == 3
+    run(folders, out, plans=(tmp_path / "quick.json",), n=2 * N)
+    assert record(out, "control-own-3")["n"] == 2 * N
 
 
 def test_few_images_have_no_frechet_distance_and_say_so(folders, tmp_path, monkeypatch):

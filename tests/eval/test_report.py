@@ -24,6 +24,7 @@ from fewstep.eval.pictures import LONGEST_SIDE, find_pictures, picture
 from fewstep.eval.plots import Box, ParetoPlot, Point, pareto_front, pareto_svg, place_labels
 from fewstep.eval.report import write_csv, write_report
 from fewstep.eval.report_runs import (
+    Decoding,
     Difference,
     Floor,
     Latency,
@@ -70,6 +71,7 @@ FEW = (("ddim-50", "reference", 50, 0.0), ("ddim-5", "baseline", 5, 3.0), ("ours
         (Difference, record.Difference),
         (Floor, record.Floor),
         (Worst, record.Worst),
+        (Decoding, record.Decoding),
         (Timing, timing.Timing),
         (Latency, timing.Spread),
         (Throughput, timing.Throughput),

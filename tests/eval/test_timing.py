@@ -7,8 +7,8 @@ from torch import nn
 
 from fewstep.eval.conditions import Conditions
 from fewstep.eval.environment import environment
-from fewstep.eval.shares import Clock, Shares, component_shares
-from fewstep.eval.timing import PeakMemory, Spread, count_flops, measure, timed, weights_bytes
+from fewstep.eval.shares import Clock, Shares, component_shares, network_shares
+from fewstep.eval.timing import PeakMemory, Spread, count_flops, measure, measure_calls, timed, weights_bytes
 from fewstep.eval.timing_files import load_timing, save_timing, timing_conditions
 from fewstep.samplers import InputError, Plan, attach
 
@@ -108,6 +108,37 @@ def test_all_repeats_are_kept_and_latency_is_not_throughput():
     assert len(timing.throughput.values_s) == 3
     assert timing.throughput.batch == 4
     assert timing.throughput.images_per_s == pytest.approx(4 / sorted(timing.throughput.values_s)[1])
+
+
+def test_a_batch_beyond_patience_is_timed_once():
+    calls = []
+    shares = Shares(0, 0, 0, 0, 1.0)
+
+    def timing(patience_s):
+        calls.clear()
+        return measure_calls(
+            [lambda: None] * 4, lambda: calls.append(1), batch_size=2, device=CPU,
+            shares_of=lambda *_: (shares, ()), weights_bytes=0, patience_s=patience_s,
+        )  # fmt: skip
+
+    assert len(timing(0.0).throughput.values_s) == len(calls) == 1
+    assert len(timing(100.0).throughput.values_s) == len(calls) - 1 == 3
+
+
+def test_shares_of_networks_and_the_rest():
+    network = nn.Linear(2, 2)
+    network.register_forward_hook(lambda *_: time.sleep(0.02))
+
+    def call():
+        network(torch.zeros(1, 2))
+        time.sleep(0.03)
+
+    shares, warnings = network_shares([network], CPU, call, 0.05)
+    assert shares.denoise_s == pytest.approx(0.02, abs=0.015)
+    assert shares.other_s == pytest.approx(0.03, abs=0.015)
+    assert shares.adds_up
+    assert not network._forward_pre_hooks
+    assert warnings == () or "busy machine" in warnings[0]
 
 
 def test_quartiles():

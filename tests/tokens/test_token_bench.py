@@ -31,7 +31,7 @@ MEASURED = {
 }  # fmt: skip
 FEW = ("fast-dllm", "fast-dllm-dual", "fast-dllm-v2")
 N = 9
-LENGTH = 12
+LENGTH = 8
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _demo(folder):
-    """The tiny models as ``demo:tokens``, with few presets."""
+    """The tiny models as ``demo:tokens``, with few presets and few latency calls."""
     patch = pytest.MonkeyPatch()
     patch.setattr(models, "DEMO", folder.parent)
     patch.setattr("fewstep.eval.tokens.rows.LITERATURE", FEW)
+    patch.setattr("fewstep.eval.tokens.timing.MOST_TASKS", 3)
     yield
     patch.undo()
 
@@ -191,7 +192,7 @@ def test_record_says_everything(finished):
     assert (run["n"], run["seeds"], run["paired"]["against"]) == (N, [0, N], "one-token")
     assert run["metrics"]["accuracy_copy"]["n"] == 2
     timing = run["timing"]
-    assert len(timing["latency_s"]["values"]) == len(TASKS)
+    assert len(timing["latency_s"]["values"]) == 3
     assert timing["shares_s"]["denoise_s"] > 0
     speed = run["decoding"]["tokens_per_s"] / timing["throughput"]["images_per_s"]
     answers = json.loads((finished / "answers" / f"{run['config_hash']}.json").read_text())["answers"]
@@ -227,7 +228,10 @@ def test_stopped_and_resumed_with_another_batch_gives_the_same(finished, untimed
 def test_larger_n_goes_on_and_other_settings_are_refused(finished, untimed, tmp_path):
     out = run(tmp_path / "out", n=8)
     before = {name: json.loads(text)["answers"] for name, text in kept(out).items()}
+    old = record(out, "static-2") | {"name": "static-31", "role": "control"}
+    write_json(out / "runs" / "static-31.json", old)
     run(out)
+    assert not (out / "runs" / "static-31.json").exists()
     assert {name: json.loads(text)["answers"][:8] for name, text in kept(out).items() if name in before} == before
     shared = table(out)
     assert {name: shared[name] for name in table(finished)} == table(finished)
@@ -261,7 +265,7 @@ def test_recipes_of_the_user(folder, untimed, tmp_path):
         ({"plans": ("fast-dlm",)}, "unknown recipe 'fast-dlm'; did you mean 'fast-dllm'"),
         ({"plans": ("nowhere.json",)}, "nowhere.json does not exist"),
         ({"plans": ("mdlm", "bad.json")}, "bad.json is not a fewstep recipe"),
-        ({"plans": ("odd.json",)}, "5 steps cannot be shared equally by 3 blocks"),
+        ({"plans": ("odd.json",)}, "5 steps cannot be shared equally by 2 blocks"),
         ({"plans": ("static-2.json",)}, "two rows are called 'static-2'; give one of the plans another name"),
         ({"questions": "none.jsonl"}, "cannot read none.jsonl"),
     ],
@@ -295,6 +299,13 @@ def test_presets_that_no_network_runs_are_left_out_with_a_reason(loaded):
     assert [row.name for row in found.rows][-2:] == ["fast-dllm", "fast-dllm-dual"]
     assert "autoregressive" not in {row.name for row in found.rows}
     assert re.match("fast-dllm-v2 is left out: the denoiser has full attention and no blocks", found.left_out[0])
+
+
+def test_a_block_causal_model_alone_is_asked_block_by_block(loaded):
+    alone = models.TokenModels(loaded.spec, loaded.tokenizer, {"block": loaded.denoisers["block"]}, None)
+    rows = token_rows(alone, [], task_questions([0])[0], LENGTH).rows
+    assert {row.recipe.blocks for row in rows if row.role != "plan"} == {Fixed(length=None)}
+    assert {row.name for row in rows if row.role == "plan"} == set(FEW)
 
 
 def test_every_preset_of_the_literature_runs(loaded, monkeypatch):
