@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Protocol
 
 from ..record import Difference, Metric
+from .accuracy import Accuracy, accuracy_of
 
 WORST, MEAN, TASK = "worst_accuracy", "mean_accuracy", "accuracy_"
 "Metrics; the last one is followed by the name of a task."
@@ -22,17 +23,6 @@ class Judged(Protocol):
 
     @property
     def right(self) -> bool: ...
-
-
-def share_error(right: int, n: int) -> float:
-    """Standard error of the share ``right / n``, taken at (right + 2) / (n + 4).
-
-    That is the error of Agresti and Coull (The American Statistician 52, 1998, Section 2), which does not vanish where
-    all are right or all wrong; they also move the centre of the interval, and here the share stays. Two errors on
-    either side cover the true share, on average over all, in 92 % of samples of 8, 94 % of 16 and 95 % of 100.
-    """
-    share = (right + 2) / (n + 4)
-    return math.sqrt(share * (1 - share) / (n + 4))
 
 
 def paired_error(gained: int, lost: int, n: int) -> float:
@@ -60,24 +50,16 @@ class Marks:
         return cls({task: tuple(marks) for task, marks in sorted(found.items())})
 
     @cached_property
-    def shares(self) -> dict[str, Metric]:
+    def accuracy(self) -> Accuracy:
         """The share of each task."""
-        return {
-            task: Metric(sum(marks) / len(marks), share_error(sum(marks), len(marks)), len(marks), True)
-            for task, marks in self.tasks.items()
-        }
+        return accuracy_of({task: (sum(marks), len(marks)) for task, marks in self.tasks.items()})
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The lowest share of a task, the mean over tasks, and the shares."""
-        shares = self.shares
-        mean = sum(share.value for share in shares.values()) / len(shares)
-        total = sum(share.n for share in shares.values())
-        return {
-            WORST: min(shares.values(), key=lambda share: (share.value, share.n)),
-            MEAN: Metric(mean, _mean_error([share.se or 0.0 for share in shares.values()]), total, True),
-            **{f"{TASK}{task}": share for task, share in shares.items()},
-        }
+        tasks = {f"{TASK}{task}": share for task, share in self.accuracy.tasks.items()}
+        named = {WORST: self.accuracy.worst, MEAN: self.accuracy.mean, **tasks}
+        return {name: Metric(share.value, share.se, share.n, True) for name, share in named.items()}
 
     def minus(self, other: Marks) -> dict[str, Difference]:
         """Differences of `metrics` to those of ``other`` on the same questions.
@@ -85,10 +67,10 @@ class Marks:
         The lowest shares are paired when they are of the same task; else their errors are those of independent shares.
         """
         gaps = {task: self._gap(other, task) for task in self.tasks}
-        mean = sum(gap.difference for gap in gaps.values()) / len(gaps)
+        mean = math.fsum(gap.difference for gap in gaps.values()) / len(gaps)
         return {
             WORST: self._worst_gap(other, gaps),
-            MEAN: Difference(mean, _mean_error([gap.se or 0.0 for gap in gaps.values()])),
+            MEAN: Difference(mean, math.hypot(*(gap.se or 0.0 for gap in gaps.values())) / len(gaps)),
             **{f"{TASK}{task}": gap for task, gap in gaps.items()},
         }
 
@@ -99,15 +81,11 @@ class Marks:
         return Difference((gained - lost) / len(pairs), paired_error(gained, lost, len(pairs)))
 
     def _worst_gap(self, other: Marks, gaps: Mapping[str, Difference]) -> Difference:
-        mine, theirs = self.metrics[WORST], other.metrics[WORST]
+        mine, theirs = self.accuracy, other.accuracy
         both = [
             gaps[task].se or 0.0
             for task in gaps
-            if self.shares[task].value == mine.value and other.shares[task].value == theirs.value
+            if mine.tasks[task].value == mine.worst.value and theirs.tasks[task].value == theirs.worst.value
         ]
-        se = max(both) if both else math.hypot(mine.se or 0.0, theirs.se or 0.0)
-        return Difference(mine.value - theirs.value, se)
-
-
-def _mean_error(errors: Sequence[float]) -> float:
-    return math.hypot(*errors) / len(errors)
+        se = max(both) if both else math.hypot(mine.worst.se, theirs.worst.se)
+        return Difference(mine.worst.value - theirs.worst.value, se)

@@ -173,10 +173,10 @@ def test_weights_are_counted_once():
 def test_peak_memory_sees_what_came_and_went():
     memory = PeakMemory(CPU)
     before = memory.read()
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    block = torch.ones(256 * 2**20, dtype=torch.uint8)
     del block
-    if memory.kind == "rss":
-        assert memory.read() - before >= 60 * 2**20
+    if memory.kind == "rss":  # the system may take back pages of files meanwhile
+        assert memory.read() - before >= 192 * 2**20
 
 
 def test_timed_waits_for_the_call():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, multinomial
 
-from fewstep.eval.tokens.scores import Marks, paired_error, share_error
+from fewstep.eval.tokens.accuracy import share_error
+from fewstep.eval.tokens.scores import Marks, paired_error
 
 
 @dataclass(frozen=True)
