@@ -203,7 +203,7 @@ def trained(text, tmp_path, monkeypatch):
 @KINDS
 def test_two_steps_are_trained_shipped_and_loaded(kind, trained, tmp_path, monkeypatch):
     work = trained(kind)
-    arguments = ["--kind", kind, "--work", work, "--out", tmp_path / "demo"]
+    arguments = ["--kind", kind, "--work", work, "--out", tmp_path / "demo", "--n", "8"]
     monkeypatch.setattr(sys, "argv", ["ship_tokens", *map(str, arguments)])
     ship_tokens.main()
     folder = tmp_path / "demo" / "tokens" / kind
@@ -211,6 +211,7 @@ def test_two_steps_are_trained_shipped_and_loaded(kind, trained, tmp_path, monke
     card = (folder / "README.md").read_text()
     assert "2 steps of" in card
     assert f"--kind {kind}" in card
+    assert "copy 0.00, reverse 0.00, sort 0.00" in card
     prompts = AutoTokenizer.from_pretrained(folder)(["sort dcab\n", "copy ba\n"]).input_ids
     if kind == "ar":
         causal = load_causal(folder)
