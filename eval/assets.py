@@ -19,6 +19,9 @@ DEMO = Path(__file__).parent / "demo"
 
 PREFIX = "demo:"
 
+DEMO_TOKENS = "demo:tokens"
+"Token models that ship, which are no pipeline."
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -44,8 +47,10 @@ def resolve_pipe(spec: str) -> Path:
         InputError: when there is no such folder, it is no pipeline, or its weights are pickles only.
     """
     if is_demo(spec):
+        if spec == DEMO_TOKENS:
+            raise InputError(f"{spec} holds token models and no pipeline; give it to fewstep bench or search recipe")
         if spec not in demo_names():
-            raise unknown_name("demo", spec, demo_names())
+            raise unknown_name("demo", spec, [*demo_names(), DEMO_TOKENS])
         return DEMO / spec.removeprefix(PREFIX)
     folder = Path(spec)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""``fewstep plans``: what ships, what a plan says, and whether it is one."""
+"""``fewstep plans``: what ships, what a plan or a recipe says, and whether it is one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from ..eval.assets import PREFIX, demo_names, plan_folder, shipped_plans
+from ..eval.assets import DEMO_TOKENS, PREFIX, demo_names, plan_folder, shipped_plans
 from ..samplers import Plan
 from ..samplers.errors import InputError, unknown_name
+from ..samplers.files import read_json
 from ..samplers.part import Slot
+from ..samplers.tokens import RECIPES, Recipe
 
-_WHICH = "plan file, or a name that `fewstep plans ls` lists"
+_WHICH = "plan or recipe file, or a name that `fewstep plans ls` lists"
 
 
 @dataclass(frozen=True)
 class ShippedPlan:
-    """A plan that ships, by the name ``TEACHER/STEM``."""
+    """A plan or a recipe that ships, by the name ``DEMO/STEM``."""
 
     name: str
     path: Path
@@ -36,10 +38,12 @@ def add_plans_actions(parser: ArgumentParser) -> None:
     commands = parser.add_subcommands(dest="action", metavar="ACTION", required=True)
     listing = ArgumentParser(description="List the plans that ship and the types of parts.", exit_on_error=False)
     commands.add_subcommand("ls", listing, help="plans that ship, and the types of parts")
-    show = ArgumentParser(description="Print a plan.", exit_on_error=False)
+    show = ArgumentParser(description="Print a plan or a recipe.", exit_on_error=False)
     show.add_argument("plan", help=_WHICH)
-    commands.add_subcommand("show", show, help="print a plan")
-    validate = ArgumentParser(description="Check plans; the exit status is 2 when one is bad.", exit_on_error=False)
+    commands.add_subcommand("show", show, help="print a plan or a recipe")
+    validate = ArgumentParser(
+        description="Check plans and recipes; the exit status is 2 when one is bad.", exit_on_error=False
+    )
     validate.add_argument("plan", nargs="+", help=_WHICH)
     commands.add_subcommand("validate", validate, help="check plans; exit status 2 when one is bad")
 
@@ -58,19 +62,24 @@ def run_plans_command(parsed: Namespace, command: str) -> None:
             console.print(f"{name}: valid", highlight=False, soft_wrap=True)
 
 
-def find_plan(name: str) -> Plan:
-    """A plan by file, or by the name of one that ships.
+def find_plan(name: str) -> Plan | Recipe:
+    """A plan or a recipe by file, or by the name of one that ships; a recipe also by that of a preset.
 
     Raises:
-        InputError: when it is neither, or not a valid plan.
+        InputError: when it is neither, or not valid.
     """
-    shipped = {plan.name: plan.path for plan in all_shipped()}
+    if name in RECIPES:
+        return RECIPES[name]
+    shipped = {plan.name: plan.path for plan in (*all_shipped(), *shipped_recipes())}
     path = Path(name)
     if path.is_dir():
         raise InputError(f"{name} is a folder; give a plan file, such as {name}/plan.json")
     if name not in shipped and not path.exists() and path.suffix != ".json":
-        raise unknown_name("plan", name, shipped)
-    return Plan.load(shipped.get(name, path))
+        raise unknown_name("plan", name, [*shipped, *RECIPES.names()])
+    path = shipped.get(name, path)
+    data = read_json(path)
+    kind = Recipe if isinstance(data, dict) and "fewstep_recipe" in data else Plan
+    return kind.load(path)
 
 
 def all_shipped() -> list[ShippedPlan]:
@@ -82,6 +91,12 @@ def all_shipped() -> list[ShippedPlan]:
         teacher = spec.removeprefix(PREFIX)
         found += [ShippedPlan(f"{teacher}/{path.stem}", path) for path in (*references, *shipped_plans(spec))]
     return found
+
+
+def shipped_recipes() -> list[ShippedPlan]:
+    """Every recipe that ships as a file."""
+    demo = DEMO_TOKENS.removeprefix(PREFIX)
+    return [ShippedPlan(f"{demo}/{path.stem}", path) for path in shipped_plans(DEMO_TOKENS)]
 
 
 def _list(console: Console) -> None:
@@ -105,6 +120,10 @@ def _list(console: Console) -> None:
     for name, types in part_types().items():
         parts.add_row(name, ", ".join(types))
     console.print(parts)
+    recipes = Table(title="recipes for token models", title_justify="left", show_header=False)
+    recipes.add_row("that ship", ", ".join(recipe.name for recipe in shipped_recipes()))
+    recipes.add_row("presets", ", ".join(RECIPES.names()))
+    console.print(recipes)
 
 
 def part_types() -> dict[str, list[str]]:

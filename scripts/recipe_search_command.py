@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..eval.assets import DEMO_TOKENS
 from ..eval.bench import process_state
 from ..eval.tokens import (
     Answer,
@@ -22,7 +23,6 @@ from ..eval.tokens import (
     read_questions,
     task_questions,
 )
-from ..eval.tokens.models import DEMO_TOKENS
 from ..eval.tokens.rows import read_recipes
 from ..samplers.errors import InputError
 from ..samplers.tokens import Recipe

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from ..eval.assets import Dtype
+from ..eval.assets import DEMO_TOKENS, Dtype
 from ..eval.commandline import Flag
-from ..eval.tokens.models import DEMO_TOKENS
 from ..samplers.errors import InputError, unknown_name
 from ..search import LADDERS, OPTUNA_SAMPLERS, PRESETS
 from ..search.tokens import COSTS

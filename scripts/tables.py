@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 
 from ..distill import METHODS
-from ..eval.assets import demo_names
+from ..eval.assets import DEMO_TOKENS, demo_names
 from ..eval.features import FEATURE_NETS
 from ..samplers import Plan
 from ..samplers.explicit import EXPLICIT
@@ -34,7 +34,7 @@ def works_table() -> str:
         ("Distillation", ", ".join(f"`{name}`" for name in METHODS.names()), "`fewstep distill METHOD`"),
         ("Token recipes", ", ".join(f"`{name}`" for name in RECIPES.names()), "`fewstep.samplers.tokens.decode`"),
         ("Feature nets", ", ".join(f"`{name}`" for name in _feature_nets()), "by local path; the first ships"),
-        ("Demos", ", ".join(f"`{name}`" for name in demo_names()), "trained teachers that ship"),
+        ("Demos", ", ".join(f"`{name}`" for name in [*demo_names(), DEMO_TOKENS]), "trained models that ship"),
         ("Commands", ", ".join(f"`fewstep {name}`" for name in cli.COMMANDS), "`--help` tells"),
     ]
     lines = [f"| {kind} | {what} | {note} |" for kind, what, note in rows]

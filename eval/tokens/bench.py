@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from ...samplers.errors import InputError
-from ..assets import shipped_plans
+from ..assets import DEMO_TOKENS, shipped_plans
 from ..baselines import check_names
 from ..bench import make_folder, process_state, time_of_day
 from ..environment import environment
@@ -28,7 +28,7 @@ from ..report_csv import write_csv
 from ..timing_files import load_measured, save_timing, timing_conditions
 from .answers import Answer, answers, causal_answers
 from .kept import AnswerFile, AnswerSet
-from .models import DEMO_TOKENS, TokenModels, load_token_models
+from .models import TokenModels, load_token_models
 from .rows import (
     TokenRow,
     control_tokens,

@@ -24,10 +24,9 @@ from ...samplers.tokens import (
     load_causal,
     load_denoiser,
 )
-from ..assets import DEMO, PREFIX, Dtype, torch_dtype
+from ..assets import DEMO, DEMO_TOKENS, PREFIX, Dtype, torch_dtype
 
 SPEC_FILE = "fewstep.json"
-DEMO_TOKENS = "demo:tokens"
 
 
 def token_folder(spec: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Writes the trained token models into ``eval/demo/tokens``, in half precision, with cards that say how good they are."""
+"""Writes the trained token models into ``eval/demo/tokens``, in half precision, with cards that say what they score."""
 
 from __future__ import annotations
 

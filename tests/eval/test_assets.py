@@ -67,6 +67,10 @@ def test_index_that_is_not_json_is_one_line(saved):
 def test_unknown_demo_is_told_the_known_ones():
     with pytest.raises(InputError, match="unknown demo 'demo:fashion-dti'"):
         assets.resolve_pipe("demo:fashion-dti")
+    with pytest.raises(InputError, match="did you mean 'demo:tokens'"):
+        assets.resolve_pipe("demo:token")
+    with pytest.raises(InputError, match="demo:tokens holds token models and no pipeline; give it to fewstep bench"):
+        assets.resolve_pipe("demo:tokens")
 
 
 def test_shipped_plans_leave_the_reference_out(tmp_path, monkeypatch):

@@ -205,6 +205,14 @@ def test_plans_are_listed_shown_and_validated(demo, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["grid"]["timesteps"] == [900, 400]
     assert main(["plans", "validate", "toy/quick", "toy/reference"]) == 0
     assert "toy/quick: valid" in capsys.readouterr().out
+    assert main(["plans", "show", "fast-dllm-dual"]) == 0
+    recipe = json.loads(capsys.readouterr().out)
+    assert recipe["cache"]["type"] == "dual"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["plans", "validate", str(tmp_path / "recipe.json")]) == 0
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"unmask": {"type": "threshold", "threshold": 2}}))
+    assert main(["plans", "validate", str(tmp_path / "recipe.json")]) == 2
+    assert "recipe.json: unmask.threshold" in capsys.readouterr().err
     bad = tmp_path / "bad.json"
     bad.write_text('{"fewstep_plan": 1, "grid": {"type": "explicit", "timesteps": [100, 400]}}')
     assert main(["plans", "validate", "toy/quick", str(bad)]) == 2
