@@ -58,7 +58,7 @@ class ParetoPlot:
         higher_is_better: direction of ``y``.
         band: the reference's value and standard error, None without one.
         floor: what real data scores, None when unknown.
-        even: whether ``y`` is never drawn on a logarithmic scale.
+        even: whether ``y`` is between 0 and 1, and never drawn on a logarithmic scale.
     """
 
     points: tuple[Point, ...]
@@ -186,7 +186,8 @@ def _set_y(axes: Axes, plot: ParetoPlot) -> None:
         low, high = min(values) / room, max(values) * room
         plain_log_ticks(axes.yaxis, low, high)
     else:
-        ends = [v + k * 2 * (p.se or 0) for p in plot.points for v in (p.y,) for k in (-1, 1)] + values
+        ends = [p.y + k * 2 * (p.se or 0) for p in plot.points for k in (-1, 1)] + values
+        ends = [min(1.0, max(0.0, end)) for end in ends] if plot.even else ends
         margin = 0.1 * (max(ends) - min(ends)) or 0.1 * abs(max(ends)) or 1.0
         low, high = min(ends) - 1.3 * margin, max(ends) + margin
         axes.yaxis.set_major_locator(MaxNLocator(6))

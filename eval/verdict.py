@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from markupsafe import Markup
@@ -60,10 +61,15 @@ def controls(bench: Bench) -> list[Control]:
         limit = EQUAL_LATENCY * control_cost(bench, plan)
         rivals = [run for run in stock if run.network == plan.network]
         allowed = [run for run in rivals if control_cost(bench, run) <= limit or run.name == plan.control]
-        control = min(allowed, key=lambda run: badness(run, metric), default=None)
+        control = min(allowed, key=partial(_strength, bench, metric, plan), default=None)
         gap = independent_gap(score, control.metrics[metric]) if control else None
         pairs.append(Control(plan, control, gap, judge(gap, score.higher_is_better)))
     return pairs
+
+
+def _strength(bench: Bench, metric: str, plan: Run, run: Run) -> tuple[float, bool, float]:
+    """Orders controls, the strongest first: of equally good ones that of the plan's own, then the dearest."""
+    return (badness(run, metric), run.name != plan.control, -control_cost(bench, run))
 
 
 def cost(bench: Bench, run: Run) -> float:

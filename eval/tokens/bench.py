@@ -224,7 +224,7 @@ class TokenBench:
                 row = dataclasses.replace(row, control=name if name != row.name else None)
             complete.append(row)
         check_names([*complete, *controls])
-        return [*complete, *controls]
+        return [*complete, *self.answer(controls, progress)]
 
     def _control(self, row: TokenRow, progress: Meter) -> TokenRow:
         def static(tokens: int) -> TokenRow:

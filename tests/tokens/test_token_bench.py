@@ -9,6 +9,7 @@ import torch
 from html_page import Page, check_self_contained, words
 from rich.console import Console
 
+from fewstep.eval import assets
 from fewstep.eval.options import BenchOptions
 from fewstep.eval.report import write_report
 from fewstep.eval.report_answers import LONGEST
@@ -53,6 +54,7 @@ def _demo(folder):
     """The tiny models as ``demo:tokens``, with few presets and few latency calls."""
     patch = pytest.MonkeyPatch()
     patch.setattr(models, "DEMO", folder.parent)
+    patch.setattr(assets, "DEMO", folder.parent)
     patch.setattr("fewstep.eval.tokens.rows.LITERATURE", FEW)
     patch.setattr("fewstep.eval.tokens.timing.MOST_TASKS", 3)
     yield
@@ -367,3 +369,12 @@ def test_terminal_table_has_exactness(finished):
     text = console.export_text()
     for heading in ("exact", "token-forwards", "answers/s", "worst_accuracy"):
         assert heading in text
+
+
+@pytest.mark.usefixtures("untimed")
+def test_controls_answer_even_where_no_search_asked_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "control_tokens", lambda *_: 7)
+    out = run(tmp_path / "out")
+    assert record(out, "fast-dllm")["control"] == "static-7"
+    assert record(out, "static-7")["n"] == N
+    assert len(table(out)) == len(list((out / "answers").iterdir()))
