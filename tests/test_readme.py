@@ -58,9 +58,8 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert "demo:fashion-dit" in demo_names()
     names = {}
-    for example, printed in zip(
-        blocks("python"), (r"10\.0", r"9\.0", r"ModuleRows\(.* skipped=\d+\) \d+"), strict=True
-    ):
+    patterns = (r"10\.0", r"9\.0", r"ModuleRows\(.* skipped=\d+\) \d+", r"[a-d]{4} \d+ \d+ (True|False)")
+    for example, printed in zip(blocks("python"), patterns, strict=True):
         exec(compile(example, "README.md", "exec"), names)
         assert re.search(f"{printed}$", capsys.readouterr().out.strip())
     assert Plan.load("my-five.json").nominal_steps == 5
@@ -70,12 +69,16 @@ def test_the_python_example_and_the_commands_after_it(tmp_path, monkeypatch, cap
             continue
         if words[0] == "bench":
             pipe = words[words.index("--pipe") + 1] if "--pipe" in words else "demo"
-            words = [*words[: words.index("--n")], "--n", "8", "--timing_repeats", "1", "--steps", "2"]
-            words += ["--batch_size", "4", "--out", f"out-{pipe.replace(':', '-')}"]
+            words = [*words[: words.index("--n")], "--n", "8", "--timing_repeats", "1"]
+            words += ["--gen_length", "8"] if pipe == "demo:tokens" else ["--steps", "2", "--batch_size", "4"]
+            words += ["--out", f"out-{pipe.replace(':', '-')}"]
         if words[:2] == ["search", "--steps"]:
             few = {"steps": 2, "n": 4, "trials": 2, "confirm": 1, "fresh_n": 4}
             words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
             words += ["--objective", "relative_error", "--teacher", "my-five.json"]
+        if words[:2] in (["search", "recipe"], ["search", "token-filter"]):
+            words += ["--n", "8", "--gen_length", "8", "--limits", "nfe<=8"]
+            words += ["--steps", "10", "--length", "8"] if words[1] == "token-filter" else []
         if words[0] == "distill":
             few = {"teacher_samples": 4, "train_batch_size": 2, "max_train_steps": 2, "num_validation_images": 0}
             words += [word for flag, value in few.items() for word in (f"--{flag}", str(value))]
