@@ -274,10 +274,12 @@ def _verdicts(rows: Sequence[Found]) -> list[str]:
 
 
 def _fitted(folder: Path) -> list[str]:
-    """The recipes of a folder, with their evidence."""
+    """The recipes of a folder that have evidence, and that."""
     blocks = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         recipe = Recipe.load(path)
+        if not recipe.evidence:
+            continue
         blocks.append(f"### `{path.stem}`\n\n{_slots(recipe)}")
         cells = [
             [
@@ -289,8 +291,7 @@ def _fitted(folder: Path) -> list[str]:
             ]
             for each in recipe.evidence
         ]
-        if cells:
-            blocks.append(table(["measured", "", "n", "seeds", "against"], cells))
+        blocks.append(table(["measured", "", "n", "seeds", "against"], cells))
         commands = dict.fromkeys(each.command for each in recipe.evidence if each.command)
         if commands:
             blocks.append("```bash\n" + "\n".join(commands) + "\n```")

@@ -201,7 +201,7 @@ def search_recipe(
 
 def _evidence(found: FoundRecipe, command: str | None) -> tuple[Evidence, ...]:
     """Every quantity on fresh questions, then on those that the recipe was chosen on."""
-    relative = {limit.quantity for limit in found.objective.limits if limit.of_reference}
+    relative = {found.objective.cost} | {limit.quantity for limit in found.objective.limits if limit.of_reference}
     entries = []
     for suffix, tally, reference, seeds in (
         ("", found.fresh, found.reference_fresh, found.fresh_seeds),

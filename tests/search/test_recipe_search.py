@@ -149,7 +149,7 @@ def test_halves_are_disjoint_and_both_are_evidence():
     assert (fresh.n, search.n) == (32, 32)
     assert fresh.value - search.value == found.excess("worst_accuracy") != 0
     assert fresh.against == "best, which has 1"
-    assert evidence["nfe"].against is None
+    assert evidence["nfe"].against == "best, which has 30"
     assert evidence["nfe"].command == "fewstep search recipe"
     assert Recipe.from_json(json.loads(json.dumps(found.recipe.to_json()))) == found.recipe
 
