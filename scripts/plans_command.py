@@ -54,15 +54,15 @@ def run_plans_command(parsed: Namespace, command: str) -> None:
     if parsed.action == "ls":
         _list(console)
     elif parsed.action == "show":
-        data = find_plan(parsed.show.plan).to_json()
+        data = find_document(parsed.show.plan).to_json()
         console.print_json(json.dumps(data))
     else:
         for name in parsed.validate.plan:
-            find_plan(name)
+            find_document(name)
             console.print(f"{name}: valid", highlight=False, soft_wrap=True)
 
 
-def find_plan(name: str) -> Plan | Recipe:
+def find_document(name: str) -> Plan | Recipe:
     """A plan or a recipe by file, or by the name of one that ships; a recipe also by that of a preset.
 
     Raises:
@@ -80,6 +80,18 @@ def find_plan(name: str) -> Plan | Recipe:
     data = read_json(path)
     kind = Recipe if isinstance(data, dict) and "fewstep_recipe" in data else Plan
     return kind.load(path)
+
+
+def find_plan(name: str) -> Plan:
+    """A plan by file, or by the name of one that ships.
+
+    Raises:
+        InputError: when it is neither, a recipe, or not valid.
+    """
+    found = find_document(name)
+    if isinstance(found, Recipe):
+        raise InputError(f"{name} is a recipe for token models; give a plan")
+    return found
 
 
 def all_shipped() -> list[ShippedPlan]:

@@ -136,6 +136,7 @@ def assert_exits_0(arguments):
         (["sample", "--n", "0"], "--n must be at least 1; got 0"),
         (["sample", "--out", "grid.jpg"], "--out grid.jpg is not a PNG file"),
         (["plans", "show", "fashion"], "unknown plan 'fashion'"),
+        (["doctor", "--plan", "fast-dllm"], "fast-dllm is a recipe for token models; give a plan"),
         (["plans", "validate", "."], ". is a folder; give a plan file"),
         ([], "a command is missing; give one of {bench,"),
     ],
