@@ -50,15 +50,7 @@ _SINGLE_COST = 8
 
 
 def run_bench(options: BenchOptions, *, command: str = "", console: Console | None = None) -> Path:
-    """Runs or continues a bench.
-
-    Args:
-        options: what to run.
-        command: the command line that runs it again, for the report.
-        console: where the progress bar goes; default: standard error.
-
-    Returns:
-        ``options.out``, which then holds ``runs/*.json``, ``results.csv`` and ``report.html``.
+    """Runs or continues a bench of images; arguments and files as of `fewstep.eval.run.run_bench`.
 
     Raises:
         InputError: for anything the user can mend, in one line.

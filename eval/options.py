@@ -19,7 +19,7 @@ DEMO_N = 768
 hold from ten images per feature on, 1,280; the report says so."""
 
 DEMO_ANSWERS = 128
-"Answers per row of the token demo: sixteen of each task, so that the bench takes as long as that of images."
+"Answers per row of the token demo: sixteen of each task."
 
 IMAGES_ONLY = (
     "steps",

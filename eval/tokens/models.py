@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from ...samplers import fingerprint
 from ...samplers.errors import InputError
-from ...samplers.files import read_json
 from ...samplers.tokens import (
     Recipe,
     TransformersCausal,
@@ -24,9 +23,8 @@ from ...samplers.tokens import (
     load_causal,
     load_denoiser,
 )
+from ...samplers.tokens.folder import SPEC_FILE, TokenModel
 from ..assets import DEMO, DEMO_TOKENS, PREFIX, Dtype, torch_dtype
-
-SPEC_FILE = "fewstep.json"
 
 
 def token_folder(spec: str) -> Path | None:
@@ -120,7 +118,7 @@ def load_token_models(spec: str, *, dtype: Dtype = "float32", device: str = "cpu
     if folder is None:
         raise InputError(f"--pipe {spec} holds no token model; give a folder that save_denoiser wrote")
     folders = _model_folders(folder)
-    kinds = {path: "ar" if read_json(path / SPEC_FILE).get("causal") else "denoiser" for path in folders}
+    kinds = {path: "ar" if TokenModel.load(path / SPEC_FILE).causal else "denoiser" for path in folders}
     causal = [path for path, kind in kinds.items() if kind == "ar"]
     if len(causal) > 1:
         raise InputError(f"--pipe {spec} holds {len(causal)} autoregressive models; keep one")
