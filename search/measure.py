@@ -23,7 +23,7 @@ from ..samplers.errors import InputError
 from ..samplers.stats import Stats
 from .budget import Judges, relative_errors
 from .cache import Call
-from .objective import LEAST_IMAGES, PAIRED, RELATIVE_ERROR, Objective, check_quantity
+from .objective import LEAST_IMAGES, PAIRED, RELATIVE_ERROR, Limit, Objective
 from .runs import Run, batches, running
 from .space import plan_key
 
@@ -133,7 +133,7 @@ class Measurer:
         first: int = 0,
     ) -> None:
         for name in also:
-            check_quantity(name)
+            Limit.check_quantity(name)
         if batch_size < 1:
             raise InputError(f"a call has at least one sample; got a batch size of {batch_size}")
         self.spent = 0
@@ -178,7 +178,7 @@ class Measurer:
             if name in PAIRED:
                 raise InputError(f"{name} compares with a teacher's samples; give its plan, or another quantity")
         for limit in self._objective.limits:
-            if limit.of_teacher:
+            if limit.relative:
                 raise InputError(f"the limit {limit} needs a teacher; give its plan, or a number")
 
     def _check_needs(self, n: int) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..eval.metrics import KINDS
 from ..samplers.errors import InputError, unknown_name
 from .budget import METRICS, Relation
+from .limit import QuantityLimit
 
 if TYPE_CHECKING:
     from .measure import Measured
@@ -37,81 +37,29 @@ LEAST_IMAGES = 4
 "Fewer have no error."
 
 
-def check_quantity(name: str) -> None:
-    """Raises ``InputError``, with a suggestion, for a name that is neither a quality nor a cost."""
-    if name not in QUALITIES and name not in COSTS:
-        raise unknown_name("quantity", name, (*QUALITIES, *COSTS))
-
-
-def parse_limit(text: str, other: str, examples: tuple[str, str]) -> tuple[str, Relation, float, bool]:
-    """Quantity, relation, number, and whether the limit is that multiple of what ``other`` has.
-
-    Args:
-        text: such as ``fd<=1.02*teacher``; ``fd<=teacher`` is short for the factor 1.
-        other: whose multiples there are, ``teacher`` here.
-        examples: for the error message: a number, and a multiple.
-
-    Raises:
-        InputError: when it is not of that form.
-    """
-    match = re.fullmatch(rf"\s*([\w*]+)\s*(<=|>=)\s*(\S+?)\s*(\*\s*{other})?\s*", text)
-    quantity, relation, number, times = match.groups() if match else ("", "", "", None)
-    if number == other and times is None:
-        number, times = "1", number
-    try:
-        value = float(number)
-    except ValueError:
-        raise InputError(
-            f"a limit is a quantity, <= or >=, and a number or a multiple of the {other}'s value, such as "
-            f"{examples[0]} or {examples[1]}; got {text!r}"
-        ) from None
-    return quantity, "<=" if relation == "<=" else ">=", value, times is not None
-
-
 @dataclass(frozen=True)
-class Limit:
+class Limit(QuantityLimit):
     """A limit such as ``nfe<=5``, ``latency_s<=0.04``, ``fd<=1.02*teacher`` or ``class_accuracy>=0.98*teacher``.
 
-    Attributes:
-        quantity: a name of `QUALITIES` or `COSTS`.
-        relation: on which side of the value good ones are.
-        value: the worst value that is accepted, or what the teacher's is multiplied by.
-        of_teacher: whether the limit is a multiple of the teacher's own value.
+    Its quantity is one of `QUALITIES` or `COSTS`, itself or as a multiple of the teacher's own.
     """
 
-    quantity: str
-    relation: Relation
-    value: float
-    of_teacher: bool = False
+    sides: ClassVar[Mapping[str, Relation]] = {**QUALITIES, **dict.fromkeys(COSTS, "<=")}
+    other: ClassVar[str] = "teacher"
+    examples: ClassVar[tuple[str, str]] = ("nfe<=5", "fd<=1.02*teacher")
 
     def __post_init__(self) -> None:
-        check_quantity(self.quantity)
-        good = QUALITIES.get(self.quantity, "<=")
-        if self.relation != good:
-            raise InputError(f"good values of {self.quantity} are {good} the limit; got {str(self)!r}")
+        super().__post_init__()
         if not math.isfinite(self.value):
             raise InputError(f"the value of a limit is a finite number; got {str(self)!r}")
-        if self.value <= 0 and (self.of_teacher or self.quantity in COSTS):
-            what = "a multiple of the teacher's value" if self.of_teacher else f"a limit of {self.quantity}"
+        if self.value <= 0 and (self.relative or self.quantity in COSTS):
+            what = "a multiple of the teacher's value" if self.relative else f"a limit of {self.quantity}"
             raise InputError(f"{what} is above 0; got {str(self)!r}")
-        if self.of_teacher and self.quantity in PAIRED:
+        if self.relative and self.quantity in PAIRED:
             raise InputError(
                 f"{self.quantity} is measured against the teacher, which has none itself; got {str(self)!r}; "
                 "give a number"
             )
-
-    @classmethod
-    def parse(cls, text: str) -> Limit:
-        """The limit that ``fd<=1.02*teacher`` says; ``fd<=teacher`` is short for the factor 1.
-
-        Raises:
-            InputError: when it is not of that form, of an unknown quantity, or on the wrong side.
-        """
-        quantity, relation, value, of_teacher = parse_limit(text, "teacher", ("nfe<=5", "fd<=1.02*teacher"))
-        return cls(quantity, relation, value, of_teacher)
-
-    def __str__(self) -> str:
-        return f"{self.quantity}{self.relation}{self.value:g}{'*teacher' if self.of_teacher else ''}"
 
     def violation(self, values: Mapping[str, float], teacher: Mapping[str, float] | None = None) -> float:
         """By how much a candidate is on the wrong side, as a share of the limit; 0 or less where it holds.
@@ -126,9 +74,9 @@ class Limit:
         Raises:
             InputError: for a multiple of the teacher's value without a teacher.
         """
-        if self.of_teacher and teacher is None:
+        if self.relative and teacher is None:
             raise InputError(f"the limit {self} needs a teacher; give its plan")
-        bound = self.value * teacher[self.quantity] if self.of_teacher and teacher else self.value
+        bound = self.value * teacher[self.quantity] if self.relative and teacher else self.value
         excess = values[self.quantity] - bound if self.relation == "<=" else bound - values[self.quantity]
         return excess / (abs(bound) or 1.0)
 
@@ -169,7 +117,7 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Whether the quality or a limit compares with a teacher."""
-        return any(limit.of_teacher for limit in self.limits) or not PAIRED.isdisjoint(self.quantities)
+        return any(limit.relative for limit in self.limits) or not PAIRED.isdisjoint(self.quantities)
 
     def loss(self, measured: Measured) -> float:
         """What is minimised: the quality, negated where higher is better."""

@@ -83,7 +83,7 @@ class Round:
 
 def violations(objective: Objective, measured: Measured, measurer: Measurer) -> tuple[float, ...]:
     """By how much a plan breaks each limit, 0 or less where it keeps to it."""
-    relative = any(limit.of_teacher for limit in objective.limits)
+    relative = any(limit.relative for limit in objective.limits)
     return objective.violations(measured, measurer.measure_teacher(measured.n) if relative else None)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ...samplers.errors import InputError, unknown_name
 from ..budget import Relation
-from ..objective import parse_limit
+from ..limit import QuantityLimit
 from .tally import ACCURACIES, COSTS, Tally
 
 SURE = 2.0
@@ -33,47 +34,26 @@ class Slack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenLimit:
+class TokenLimit(QuantityLimit):
     """A limit such as ``worst_accuracy>=0.95``, ``nfe<=16`` or ``mean_accuracy>=0.98*reference``.
 
-    Attributes:
-        quantity: a name of `ACCURACIES` or `COSTS`.
-        relation: on which side of the value good ones are.
-        value: the worst value that is accepted, or what the reference's is multiplied by.
-        of_reference: whether the limit is a multiple of the reference's own value.
+    Its quantity is one of `ACCURACIES` or `COSTS`, itself or as a multiple of the reference's own.
     """
 
-    quantity: str
-    relation: Relation
-    value: float
-    of_reference: bool = False
+    sides: ClassVar[Mapping[str, Relation]] = {**dict.fromkeys(ACCURACIES, ">="), **dict.fromkeys(COSTS, "<=")}
+    other: ClassVar[str] = "reference"
+    examples: ClassVar[tuple[str, str]] = ("nfe<=16", "worst_accuracy>=0.98*reference")
 
     def __post_init__(self) -> None:
-        if self.quantity not in (*ACCURACIES, *COSTS):
-            raise unknown_name("quantity", self.quantity, (*ACCURACIES, *COSTS))
-        good = ">=" if self.quantity in ACCURACIES else "<="
-        if self.relation != good:
-            raise InputError(f"good values of {self.quantity} are {good} the limit; got {str(self)!r}")
-        most = 1.0 if self.quantity in ACCURACIES and not self.of_reference else math.inf
+        super().__post_init__()
+        most = 1.0 if self.quantity in ACCURACIES and not self.relative else math.inf
         if not (0 < self.value <= most and math.isfinite(self.value)):
             what = "a finite number above 0" if most > 1 else "above 0 and at most 1"
             raise InputError(f"the value of this limit is {what}; got {str(self)!r}")
 
-    @classmethod
-    def parse(cls, text: str) -> TokenLimit:
-        """The limit that a text says; ``worst_accuracy>=reference`` is short for the factor 1.
-
-        Raises:
-            InputError: when it is not of that form, of an unknown quantity, or on the wrong side.
-        """
-        return cls(*parse_limit(text, "reference", ("nfe<=16", "worst_accuracy>=0.98*reference")))
-
-    def __str__(self) -> str:
-        return f"{self.quantity}{self.relation}{self.value:g}{'*reference' if self.of_reference else ''}"
-
     def bound(self, reference: Tally | None) -> float:
         """The worst value that is accepted."""
-        return self.value * (reference.estimate(self.quantity).value if self.of_reference and reference else 1.0)
+        return self.value * (reference.estimate(self.quantity).value if self.relative and reference else 1.0)
 
     def slack(self, tally: Tally, reference: Tally | None) -> Slack:
         """How far on the good side a tally is.
@@ -85,7 +65,7 @@ class TokenLimit:
         """
         own = tally.estimate(self.quantity)
         difference = own.value - self.bound(reference)
-        theirs = self.value * reference.estimate(self.quantity).se if self.of_reference and reference else 0.0
+        theirs = self.value * reference.estimate(self.quantity).se if self.relative and reference else 0.0
         return Slack(difference if self.relation == ">=" else -difference, math.hypot(own.se, theirs))
 
 
@@ -108,7 +88,7 @@ class TokenObjective:
     @property
     def needs_reference(self) -> bool:
         """Whether a limit is a multiple of the reference's value."""
-        return any(limit.of_reference for limit in self.limits)
+        return any(limit.relative for limit in self.limits)
 
     @property
     def quantities(self) -> tuple[str, ...]:

@@ -201,7 +201,7 @@ def search_recipe(
 
 def _evidence(found: FoundRecipe, command: str | None) -> tuple[Evidence, ...]:
     """Every quantity on fresh questions, then on those that the recipe was chosen on."""
-    relative = {found.objective.cost} | {limit.quantity for limit in found.objective.limits if limit.of_reference}
+    relative = {found.objective.cost} | {limit.quantity for limit in found.objective.limits if limit.relative}
     entries = []
     for suffix, tally, reference, seeds in (
         ("", found.fresh, found.reference_fresh, found.fresh_seeds),
@@ -281,7 +281,7 @@ class _Search:
         """Raises ``InputError`` for a limit that anything keeps to because the reference answers nothing right."""
         reference = self.of_reference(self.n)
         for limit in self.objective.limits:
-            if limit.of_reference and limit.bound(reference) == 0:
+            if limit.relative and limit.bound(reference) == 0:
                 raise InputError(
                     f"the limit {limit} asks for nothing, the reference's {limit.quantity} is 0 on {self.n} questions; "
                     "give another reference, or a number"

@@ -18,10 +18,10 @@ def measured(values, costs=None):
     [
         ("nfe<=5", Limit("nfe", "<=", 5.0)),
         (" latency_s <= 4e-2 ", Limit("latency_s", "<=", 0.04)),
-        ("fd<=1.02*teacher", Limit("fd", "<=", 1.02, of_teacher=True)),
-        ("fd <= 1.02 * teacher", Limit("fd", "<=", 1.02, of_teacher=True)),
-        ("fd<=teacher", Limit("fd", "<=", 1.0, of_teacher=True)),
-        ("class_accuracy>=0.98*teacher", Limit("class_accuracy", ">=", 0.98, of_teacher=True)),
+        ("fd<=1.02*teacher", Limit("fd", "<=", 1.02, relative=True)),
+        ("fd <= 1.02 * teacher", Limit("fd", "<=", 1.02, relative=True)),
+        ("fd<=teacher", Limit("fd", "<=", 1.0, relative=True)),
+        ("class_accuracy>=0.98*teacher", Limit("class_accuracy", ">=", 0.98, relative=True)),
         ("psnr>=-3", Limit("psnr", ">=", -3.0)),
     ],
 )
