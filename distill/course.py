@@ -18,6 +18,8 @@ from ..eval.options import pipeline_arguments
 from ..eval.progress import Meter
 from ..samplers import ConstantGuidance, Plan, PlanWarning, Process, TunedFor, attach, denoisers
 from ..samplers.errors import InputError
+from ..samplers.fingerprint import fingerprint_of
+from .beginning import begin, read_beginning
 from .checkpoints import Checkpoints, check_run
 from .encoder import Encoder
 from .export import Student, origin
@@ -117,7 +119,10 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
     if options.gradient_checkpointing:
         refuse_no_checkpointing(cast.network)
     base = origin(pipe)
+    beginning = read_beginning(pipe, options.student, method, cast, lora) if options.student else None
     identity = {"base": base.fingerprint, "guidance": guided.scale, "inside": guided.inside, "lora": _facts(lora)}
+    if beginning is not None:
+        identity["student"] = fingerprint_of(beginning)
     if chosen is not None:
         check_run(chosen, identity_of(method, options, accelerator, identity), options.max_train_steps)
     with warnings.catch_warnings(action="ignore", category=PlanWarning), attach(pipe, teacher):
@@ -126,6 +131,8 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
     values = conditions.values if images is None else ()
     source = make_source(images, values, options, encoder, teacher, accelerator, _told(bar))
     team = team_of(cast, process, guided.scale, options.seed)
+    if beginning is not None:
+        begin(team, beginning)
     team.roles.to(accelerator.device)
     if options.gradient_checkpointing:
         team.roles.enable_gradient_checkpointing()

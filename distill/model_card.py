@@ -45,6 +45,7 @@ class Training:
         trainable: number of the student's trained parameters.
         conditions: what examples show: the first of them.
         call_kwargs: further arguments of the pipeline's call.
+        student: plan of the student that it began with; None for the teacher.
         data: what it was trained on, in words; None to say nothing.
         command: that trained it, as one types it; None to say nothing.
         seconds: that the training took; None to say nothing.
@@ -60,6 +61,7 @@ class Training:
     trainable: int
     conditions: Conditions
     call_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    student: str | None = None
     data: str | None = None
     command: str | None = None
     seconds: float | None = None
@@ -237,6 +239,7 @@ def _measured(plans: Mapping[int, Plan]) -> Iterator[str]:
 def _training(training: Training) -> str:
     options, batch = training.options, training.options.global_batch(training.processes)
     lines = {
+        "Began with the weights of": training.student,
         "Data": training.data,
         "Updates": f"{training.updates:,}",
         "Batch": f"{batch:,} samples ({training.processes} x {options.train_batch_size} x "

@@ -27,6 +27,9 @@ class DistillOptions(LoopOptions):
     teacher: Path | None = Field(
         default=None, description="Plan by which the teacher samples; its guidance is learned. Default: the demo's own."
     )
+    student: Path | None = Field(
+        default=None, description="Plan of a student with whose weights this one begins; default: the teacher's."
+    )
     train_data_dir: Path | None = Field(default=None, description="Folder of images, or of webdataset shards.")
     dataset_name: str | None = Field(default=None, description="Data set of the library datasets: a name or a folder.")
     dataset_split: str = Field(default="train", description="Of the data set.")

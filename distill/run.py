@@ -132,6 +132,7 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
             trainable=trained[role],
             conditions=course.conditions,
             call_kwargs=course.call_kwargs,
+            student=None if options.student is None else str(options.student),
             data=data_in_words(method, options),
             command=command or None,
             seconds=seconds,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLES_PER_TENSOR = 32
 "Values read of each tensor, evenly spaced from the first to the last."
@@ -25,8 +26,13 @@ def fingerprint(module: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """`fingerprint` of tensors by name, whatever holds them."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         flat = tensor.detach().reshape(-1)
         if flat.numel() == 0:
