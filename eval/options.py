@@ -21,6 +21,9 @@ hold from ten images per feature on, 1,280; the report says so."""
 DEMO_ANSWERS = 128
 "Answers per row of the token demo: sixteen of each task."
 
+LEAST_SAMPLES = 8
+"Fewest images or answers per row."
+
 IMAGES_ONLY = (
     "steps",
     "reference",
@@ -93,7 +96,8 @@ class BenchOptions:
     timing_repeats: Annotated[int, Flag("Timed calls per row, after warm-up; of answers at least one a task.")] = 5
     gen_length: Annotated[int, Flag("Masks after each prompt of a token model.")] = 64
     questions: Annotated[
-        Path | None, Flag("Questions for a token model, one JSON object a line; default: the demo's tasks.", "FILE")
+        Path | None,
+        Flag("Questions for a token model, --n at least, one JSON object a line; default: the demo's tasks.", "FILE"),
     ] = None
     device: Annotated[str | None, Flag("cpu, cuda, cuda:1, ...; default: the best there is.")] = None
     dtype: Annotated[Dtype, Flag("Of weights and computation.")] = "float32"
@@ -101,7 +105,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("n", 8),
+            ("n", LEAST_SAMPLES),
             ("seed", 0),
             ("reference_steps", 1),
             ("batch_size", 1),

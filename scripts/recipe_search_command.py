@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 
-from ..eval.assets import DEMO_TOKENS
 from ..eval.bench import process_state
-from ..eval.tokens import (
-    Answer,
-    Question,
-    TokenModels,
-    answers,
-    file_questions,
-    load_token_models,
-    read_questions,
-    task_questions,
-)
+from ..eval.tokens import Answer, TokenModels, answers, load_token_models
 from ..eval.tokens.rows import read_recipes
-from ..samplers.errors import InputError
+from ..eval.tokens.tasks import QuestionSource, question_source
 from ..samplers.tokens import Recipe
 from ..search.tokens import (
     REFERENCE,
@@ -65,16 +53,14 @@ class TokenSetting:
 
     Attributes:
         models: that are asked.
-        ask: from seeds to questions.
-        supply: how many different questions there are; None for no end of them.
+        questions: that they are asked.
         objective: what is searched for.
         reference: what its limits may be multiples of.
         journal: of what was measured.
     """
 
     models: TokenModels
-    ask: Callable[[Sequence[int]], list[Question]]
-    supply: int | None
+    questions: QuestionSource
     objective: TokenObjective
     reference: Recipe
     journal: Journal
@@ -87,23 +73,18 @@ class TokenSetting:
         limits = tuple(map(TokenLimit.parse, options.limits))
         objective = TokenObjective(options.objective, limits) if limits else TokenObjective(options.objective)
         reference = REFERENCE if options.reference is None else named_recipe(options.reference)
-        if options.questions is None and options.pipe != DEMO_TOKENS:
-            raise InputError(f"--pipe {options.pipe} has no questions of its own; give --questions FILE")
+        questions = question_source(options.pipe, options.questions, FILE_ORDER)
         device = options.device or str(process_state(None).device)
         models = load_token_models(options.pipe, dtype=options.dtype, device=device)
-        lines = [] if options.questions is None else read_questions(options.questions)
-        random.Random(FILE_ORDER).shuffle(lines)
-        shown = [line.model_dump(mode="json") for line in lines]
         setting = {
             "models": models.prints,
             "dtype": options.dtype,
             "gen_length": options.gen_length,
-            "questions": shown and hashlib.sha256(repr(shown).encode()).hexdigest(),
+            "questions": [line.model_dump(mode="json") for line in questions.lines],
         }
         return cls(
             models=models,
-            ask=(lambda seeds: file_questions(lines, seeds)) if lines else task_questions,
-            supply=len(lines) or None,
+            questions=questions,
             objective=objective,
             reference=reference,
             journal=Journal(options.out.with_suffix(".trials.json"), setting),
@@ -111,21 +92,15 @@ class TokenSetting:
             command=command,
         )
 
-    def check_supply(self, options: TokenOptions, parts: int) -> None:
-        """Raises ``InputError`` when a file has fewer questions than so many parts of ``--n``."""
-        if self.supply is not None and parts * options.n > self.supply:
-            raise InputError(
-                f"--n {options.n} asks {parts} times as many different questions, and {options.questions} holds "
-                f"{self.supply}; give --n {self.supply // parts}, or more questions"
-            )
-
     def search(
         self, candidates: Candidates, options: TokenOptions, seed: int, progress: Callable[..., None]
     ) -> FoundRecipe:
         """Chooses among candidates on questions of seeds from ``seed`` on, and tells of it."""
 
         def answering(recipe: Recipe, seeds: range) -> list[Answer]:
-            return answers(self.models, self.ask(seeds), recipe, options.gen_length, batch_size=options.batch_size)
+            return answers(
+                self.models, self.questions(seeds), recipe, options.gen_length, batch_size=options.batch_size
+            )
 
         found = search_recipe(
             candidates,
@@ -154,7 +129,7 @@ def named_recipe(name: str) -> Recipe:
 
 def search_for_recipe(setting: TokenSetting, options: RecipeOptions, progress: Callable[..., None]) -> Recipe:
     """The best of the variations of a recipe; the files that it names go beside it."""
-    setting.check_supply(options, 2)
+    setting.questions.check_supply(options.n, 2)
     candidates = vary(named_recipe(options.recipe), list(map(Variation.parse, options.vary)))
     found = setting.search(candidates, options, options.seed, progress).recipe
     copy_files(found, options.out.parent)
@@ -163,12 +138,12 @@ def search_for_recipe(setting: TokenSetting, options: RecipeOptions, progress: C
 
 def search_for_filter(setting: TokenSetting, options: FilterOptions, progress: Callable[..., None]) -> Recipe:
     """The recipe with a filter that was trained on the first ``n`` questions, its threshold chosen on the next."""
-    setting.check_supply(options, 3)
+    setting.questions.check_supply(options.n, 3)
     training = FilterTraining(options.length, options.gen_length, options.steps, options.lr, options.train_seed)
     base = filter_base(options.length) if options.recipe is None else named_recipe(options.recipe)
     file = options.out.with_name(f"{options.out.stem}.filter.safetensors")
     candidates = filter_candidates(base, file, options.length, options.thresholds)
-    questions = setting.ask(range(options.seed, options.seed + options.n))
+    questions = setting.questions(range(options.seed, options.seed + options.n))
     decoded = 0
 
     def decoding(count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 
 from ...samplers.errors import InputError
-from ..assets import DEMO_TOKENS, shipped_plans
+from ..assets import shipped_plans
 from ..baselines import check_names
 from ..bench import make_folder, process_state, time_of_day
 from ..environment import environment
-from ..options import IMAGES_ONLY, BenchOptions
+from ..options import IMAGES_ONLY, LEAST_SAMPLES, BenchOptions
 from ..progress import Meter, meter
 from ..record import Decoding, Paired, RunRecord, SamplingConfig, digest, drop_old_controls, is_final, refuse_strangers
 from ..report import write_report
@@ -38,14 +38,12 @@ from .rows import (
     token_rows,
 )
 from .scores import Marks
-from .tasks import TASKS, Question, file_questions, read_questions, task_questions
+from .tasks import Question, QuestionSource, question_source
 from .timing import ANSWER_TIMING, AnswerTiming, latency_calls, measure_answers
 
 SEED_RULE = "question number = seed mod count, its items and the decoding's streams from the seed"
 SCORES = 1
 "Of the way answers are scored; records of another one are made again."
-
-Questions = Callable[[Sequence[int]], list[Question]]
 
 
 def run_token_bench(options: BenchOptions, *, command: str = "", console: Console | None = None) -> Path:
@@ -73,7 +71,8 @@ def run_token_bench(options: BenchOptions, *, command: str = "", console: Consol
 
 def open_token_bench(options: BenchOptions, device: str, command: str, started: str) -> TokenBench:
     """Loads the models and the recipes, and checks everything that can be checked before work begins."""
-    asked, questions = questions_of(options)
+    questions = question_source(options.pipe, options.questions)
+    questions.check_supply(options.answers, least=LEAST_SAMPLES)
     given = read_recipes(shipped_plans(options.pipe), options.plans)
     models = load_token_models(options.pipe, dtype=options.dtype, device=device)
     found = token_rows(models, given, questions([options.seed])[0], options.gen_length)
@@ -81,7 +80,6 @@ def open_token_bench(options: BenchOptions, device: str, command: str, started: 
     bench = TokenBench(
         options=options,
         models=models,
-        asked=asked,
         questions=questions,
         rows=found.rows,
         left_out=found.left_out,
@@ -89,25 +87,9 @@ def open_token_bench(options: BenchOptions, device: str, command: str, started: 
         started=started,
     )
     names = {row.name for row in found.rows}
-    refuse_strangers(options.out, bench.config(found.rows[0]).model_hash, bench.seeds_of_record, names)
+    refuse_strangers(options.out, bench.config(found.rows[0]).model_hash, bench.seeds, names)
     make_folder(options.out)
     return bench
-
-
-def questions_of(options: BenchOptions) -> tuple[dict[str, Any], Questions]:
-    """What the configuration says about the questions, and the questions of some seeds.
-
-    Raises:
-        InputError: when there is no file of questions, or one that cannot be read.
-    """
-    if options.questions is not None:
-        lines = read_questions(options.questions)
-        said = {"lines": len(lines), "digest": digest([line.model_dump(mode="json") for line in lines])}
-        return said, lambda seeds: file_questions(lines, seeds)
-    if options.pipe != DEMO_TOKENS:
-        raise InputError(f"--pipe {options.pipe} has no questions of its own; give --questions FILE")
-    some = [(question.task, question.prompt) for question in task_questions(range(2 * len(TASKS)))]
-    return {"tasks": list(TASKS), "digest": digest(some)}, task_questions
 
 
 @dataclass(frozen=True)
@@ -117,8 +99,7 @@ class TokenBench:
     Attributes:
         options: what the user asked for.
         models: that answer.
-        asked: what the configuration says about the questions.
-        questions: those of some seeds.
+        questions: that they are asked.
         rows: the reference first; without controls.
         left_out: why presets are not among the rows.
         command: for the records.
@@ -127,22 +108,16 @@ class TokenBench:
 
     options: BenchOptions
     models: TokenModels
-    asked: dict[str, Any]
-    questions: Questions
+    questions: QuestionSource
     rows: Sequence[TokenRow]
     left_out: tuple[str, ...]
     command: str
     started: str
 
     @property
-    def seeds(self) -> range:
-        """Seeds of all rows."""
-        return range(self.options.seed, self.options.seed + self.options.answers)
-
-    @property
-    def seeds_of_record(self) -> tuple[int, int]:
-        """First seed, and one past the last."""
-        return (self.seeds.start, self.seeds.stop)
+    def seeds(self) -> tuple[int, int]:
+        """First seed of all rows, and one past the last."""
+        return (self.options.seed, self.options.seed + self.options.answers)
 
     @cached_property
     def device(self) -> torch.device:
@@ -163,7 +138,7 @@ class TokenBench:
             components=self.components,
             plan=row.plan,
             call_kwargs={"gen_length": self.options.gen_length},
-            conditions=self.asked,
+            conditions=self.questions.about,
             dtype=self.options.dtype,
             device=self.device.type,
             first_seed=self.options.seed,
@@ -185,7 +160,7 @@ class TokenBench:
 
     @cached_property
     def _asked(self) -> list[Question]:
-        return self.questions(self.seeds)
+        return self.questions(range(*self.seeds))
 
     def answer_set(self, row: TokenRow) -> AnswerSet:
         """The answers of a row, made or not."""
@@ -289,7 +264,7 @@ class TokenBench:
     def record(self, rows: Sequence[TokenRow], progress: Meter) -> None:
         """Writes one record for each row that has no final one yet."""
         progress.doing("scoring")
-        drop_old_controls(self.options.out, self.seeds_of_record, {row.name for row in rows})
+        drop_old_controls(self.options.out, self.seeds, {row.name for row in rows})
         env = environment(str(self.device))
         reference = self._marks(rows[0])
         for row in rows:
@@ -309,7 +284,7 @@ class TokenBench:
             "role": row.role,
             "control": row.control,
             "reference": [reference.name, self.config(reference).hash],
-            "seeds": self.seeds_of_record,
+            "seeds": self.seeds,
             "scores": SCORES,
             "left_out": self.left_out if row.role == "reference" else (),
             "timing": self._timing_conditions,
@@ -332,7 +307,7 @@ class TokenBench:
             request=request,
             nfe=fmean(answer.nfe for answer in found.answers),
             n=self.options.answers,
-            seeds=self.seeds_of_record,
+            seeds=self.seeds,
             metrics=mine.metrics,
             paired=Paired(reference.name, mine.minus(marks)) if row.role != "reference" else None,
             floor={},

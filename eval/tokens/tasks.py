@@ -7,13 +7,16 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import permutations, product
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...samplers.errors import InputError, first_problem
+from ..assets import DEMO_TOKENS
+from ..record import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +222,66 @@ def file_questions(lines: Sequence[Line], seeds: Sequence[int]) -> list[Question
         return Question(line.task, line.prompt, seed, lambda answer: answer.strip() in right)
 
     return [question(seed) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class QuestionSource:
+    """What a bench or a search asks. Made by `question_source`.
+
+    Attributes:
+        path: of the file of questions; None for the demo's tasks, of which there is no end.
+        lines: of the file, in the order of the seeds.
+    """
+
+    path: Path | None = None
+    lines: tuple[Line, ...] = ()
+
+    def __call__(self, seeds: Sequence[int]) -> list[Question]:
+        """One question for each seed."""
+        return task_questions(seeds) if self.path is None else file_questions(self.lines, seeds)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What tells these questions from others, JSON data."""
+        if self.path is not None:
+            shown = [line.model_dump(mode="json") for line in self.lines]
+            return {"lines": len(shown), "digest": digest(shown)}
+        some = [(question.task, question.prompt) for question in task_questions(range(2 * len(TASKS)))]
+        return {"tasks": list(TASKS), "digest": digest(some)}
+
+    def check_supply(self, n: int, parts: int = 1, least: int = 1) -> None:
+        """Refuses to ask a question of a file twice: the errors of what is measured would come out too small.
+
+        Args:
+            n: what the user gave as ``--n``.
+            parts: how many times as many questions are asked.
+            least: that ``--n`` may be.
+
+        Raises:
+            InputError: when the file has fewer questions.
+        """
+        held, most = len(self.lines), len(self.lines) // parts
+        if self.path is not None and parts * n > held:
+            mend = f"give --n {most}, or more questions" if most >= least else "give more questions"
+            raise InputError(f"--n {n} asks {parts * n} different questions, and {self.path} holds {held}; {mend}")
+
+
+def question_source(pipe: str, path: Path | None, shuffle_seed: int | None = None) -> QuestionSource:
+    """The questions of a file, or the demo's tasks.
+
+    Args:
+        pipe: the token models, as the user named them.
+        path: of the file of questions; None for those of the demo.
+        shuffle_seed: of the order of a file's questions; None for that of its lines.
+
+    Raises:
+        InputError: when there is no file of questions, or one that cannot be read.
+    """
+    if path is None:
+        if pipe != DEMO_TOKENS:
+            raise InputError(f"--pipe {pipe} has no questions of its own; give --questions FILE")
+        return QuestionSource()
+    lines = read_questions(path)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(lines)
+    return QuestionSource(path, tuple(lines))

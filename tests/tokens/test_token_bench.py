@@ -245,10 +245,8 @@ def test_larger_n_goes_on_and_other_settings_are_refused(finished, untimed, tmp_
 
 def test_recipes_of_the_user(folder, untimed, tmp_path):
     Recipe(blocks=Fixed(length=6), unmask=Threshold(threshold=0.5)).save(tmp_path / "mine.json")
-    lines = [
-        {"task": "say", "prompt": "copy ab\n", "answers": ["ab"]},
-        {"task": "yes", "prompt": "x", "answers": ["y"]},
-    ]
+    lines = [{"task": "say", "prompt": f"copy {word}\n", "answers": [word]} for word in "abcde"]
+    lines += [{"task": "yes", "prompt": word, "answers": ["y"]} for word in "abcd"]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = run(
         tmp_path / "out", pipe=str(folder), questions=tmp_path / "asked.jsonl",
@@ -270,6 +268,11 @@ def test_recipes_of_the_user(folder, untimed, tmp_path):
         ({"plans": ("odd.json",)}, "5 steps cannot be shared equally by 2 blocks"),
         ({"plans": ("static-2.json",)}, "two rows are called 'static-2'; give one of the plans another name"),
         ({"questions": "none.jsonl"}, "cannot read none.jsonl"),
+        (
+            {"questions": "eight.jsonl"},
+            f"--n {N} asks {N} different questions, and eight.jsonl holds 8; give --n 8, or more questions",
+        ),
+        ({"questions": "few.jsonl"}, "few.jsonl holds 7; give more questions"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
@@ -277,6 +280,9 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(changes, messa
     write_json(tmp_path / "bad.json", {"fewstep_plan": 1})
     Recipe(blocks=Fixed(length=4), unmask=Quota(steps=5)).save(tmp_path / "odd.json")
     Recipe(unmask=Quota(tokens=3)).save(tmp_path / "static-2.json")
+    line = json.dumps({"task": "yes", "prompt": "x", "answers": ["y"]})
+    for name, count in (("eight", 8), ("few", 7)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([line] * count))
     path = type(tmp_path)
     for name in ("plans", "questions"):
         if name in changes:

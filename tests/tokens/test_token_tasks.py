@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fewstep.eval.tokens import TASKS, file_questions, read_questions, task_questions
-from fewstep.eval.tokens.tasks import latin_squares
+from fewstep.eval.tokens.tasks import latin_squares, question_source
 from fewstep.samplers import InputError
 
 
@@ -88,6 +88,28 @@ def test_questions_of_a_file_come_in_turn(tmp_path):
     assert asked[0].accepts(" two\n")
     assert not asked[0].accepts("3")
     assert not asked[1].accepts("2")
+
+
+def test_a_source_asks_each_question_of_its_file_once(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"task": "t", "prompt": f"{n}", "answers": ["a"]}) for n in range(15)))
+    plain, mixed, other = (question_source("nowhere", path, seed) for seed in (None, 0, 1))
+    orders = [[question.prompt for question in source(range(15))] for source in (plain, mixed, other)]
+    assert orders[0] == [f"{n}" for n in range(15)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert plain.about["lines"] == 15
+    assert plain.about != mixed.about != other.about
+    assert question_source("nowhere", path, 0) == mixed
+    for n, parts in ((15, 1), (7, 2), (5, 3)):
+        plain.check_supply(n, parts)
+        with pytest.raises(InputError, match=rf"--n {n + 1} asks {(n + 1) * parts} .* give --n {n}, or more questions"):
+            plain.check_supply(n + 1, parts)
+    with pytest.raises(InputError, match=r"--n 9 asks 18 different questions, and .* holds 15; give more questions"):
+        plain.check_supply(9, 2, least=8)
+    demo = question_source("demo:tokens", None, 0)
+    demo.check_supply(10**9, 3)
+    assert [question.prompt for question in demo([117])] == [question.prompt for question in task_questions([117])]
 
 
 @pytest.mark.parametrize(
