@@ -101,7 +101,7 @@ def open_bench(options: BenchOptions, state: PartialState, command: str, started
     for row in rows:
         attach(pipe, row.plan).detach()
     names = {row.name for row in rows}
-    refuse_strangers(options.out, bench.config(rows[0]).model_hash, bench.seeds_of_record, names)
+    refuse_strangers(options.out, bench.config(rows[0]).model_hash, bench.seeds, names)
     make_folder(options.out)
     if state.is_main_process:
         bench.scorer.kinds()
@@ -141,14 +141,9 @@ class Bench:
     started: str
 
     @property
-    def seeds(self) -> range:
-        """Seeds of all rows."""
-        return range(self.options.seed, self.options.seed + self.options.images)
-
-    @property
-    def seeds_of_record(self) -> tuple[int, int]:
-        """First seed, and one past the last."""
-        return (self.seeds.start, self.seeds.stop)
+    def seeds(self) -> tuple[int, int]:
+        """First seed of all rows, and one past the last."""
+        return (self.options.seed, self.options.seed + self.options.images)
 
     @cached_property
     def components(self) -> dict[str, Any]:
@@ -179,7 +174,7 @@ class Bench:
     def images(self, row: Row) -> ImageSet:
         """The images of a row, made or not."""
         config_hash = self.config(row).hash
-        return ImageSet(self.options.out / "shards" / config_hash, config_hash, self.conditions, self.seeds)
+        return ImageSet(self.options.out / "shards" / config_hash, config_hash, self.conditions, range(*self.seeds))
 
     # --- timing
 
@@ -270,7 +265,7 @@ class Bench:
 
     def record(self, rows: Sequence[Row], progress: Meter) -> None:
         """Scores what has no final record yet, and writes one record for each row."""
-        drop_old_controls(self.options.out, self.seeds_of_record, {row.name for row in rows})
+        drop_old_controls(self.options.out, self.seeds, {row.name for row in rows})
         env = environment(str(self.pipe.device))
         reference: Scores | None = None
         for row in rows:
@@ -292,7 +287,7 @@ class Bench:
             "role": row.role,
             "control": row.control,
             "reference": [reference.name, self.config(reference).hash],
-            "seeds": self.seeds_of_record,
+            "seeds": self.seeds,
             "scorer": self.scorer.key,
             "timing": self._timing_conditions,
         }
@@ -309,7 +304,7 @@ class Bench:
             request=request,
             nfe=scores.nfe,
             n=self.options.images,
-            seeds=self.seeds_of_record,
+            seeds=self.seeds,
             metrics=scores.metrics,
             paired=scores.paired(reference) if row.role != "reference" else None,
             floor=scores.floor if row.role == "reference" else {},
