@@ -26,10 +26,10 @@ class Answer:
         nfe: forward passes, those of a scorer's model too.
         token_forwards: positions evaluated in them.
         new_tokens: decoded tokens, with the first end.
-        exact: whether its tokens are those of the same recipe without a cache.
+        exact: whether all answers of its batch have the tokens of the same recipe without a cache.
         failed: whether a constraint or a scorer gave it up.
         reveal: step at which each of its tokens was committed, the first end included.
-        kv_bytes: most bytes of keys and values that its batch kept at once.
+        kv_bytes: most bytes of keys and values that its whole batch kept at once.
     """
 
     seed: int
