@@ -51,12 +51,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _demo(folder):
-    """The tiny models as ``demo:tokens``, with few presets and few latency calls."""
+    """The tiny models as ``demo:tokens``, with few presets and few calls to time."""
     patch = pytest.MonkeyPatch()
     patch.setattr(models, "DEMO", folder.parent)
     patch.setattr(assets, "DEMO", folder.parent)
     patch.setattr("fewstep.eval.tokens.rows.LITERATURE", FEW)
     patch.setattr("fewstep.eval.tokens.timing.MOST_TASKS", 3)
+    patch.setattr("fewstep.eval.tokens.timing.PATIENCE_S", 0.0)
+    patch.setattr("fewstep.eval.shares.REPEATS", 1)
     yield
     patch.undo()
 
