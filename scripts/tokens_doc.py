@@ -258,7 +258,7 @@ def _difference(pair: Sequence[float] | None) -> str:
 def _verdicts(rows: Sequence[Found]) -> list[str]:
     """What the table says of caches that keep the prompt, and of those that do not."""
     found = []
-    for frozen, said in ((True, "keep the prompt as the first steps of a block left it"), (False, "renew the prompt")):
+    for frozen, said in ((True, "keep the prompt as a block's first steps left it"), (False, "renew the prompt")):
         chosen = [row for row in rows if row["frozen"] == frozen and not row["exact"] and row["less_uncached"]]
         if not chosen:
             continue
@@ -266,10 +266,9 @@ def _verdicts(rows: Sequence[Found]) -> list[str]:
         for kind in ("certain", "dependent"):
             lost = [row for row in chosen if -row["less_uncached"][kind][0] > 2 * row["less_uncached"][kind][1]]
             worst = min(chosen, key=lambda row: row["less_uncached"][kind][0])
-            losses.append(
-                f"{len(lost)} lose on {kind} tasks (most, {0 - worst['less_uncached'][kind][0]:.2f}: {_name(worst)})"
-            )
-        found.append(f"Of {len(chosen)} caches that {said}, {' and '.join(losses)}, each beyond two standard errors.")
+            most = f"at most {max(0.0, -worst['less_uncached'][kind][0]):.2f}, {_name(worst)}"
+            losses.append(f"in {len(lost)} of {len(chosen)} rows on {kind} tasks ({most})")
+        found.append(f"Caches that {said} lose beyond two standard errors {' and '.join(losses)}.")
     return found
 
 
