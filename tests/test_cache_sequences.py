@@ -15,6 +15,7 @@ from zoo import ZOO
 
 from fewstep.samplers import InputError, Plan, PlanWarning, attach
 
+SEQUENCES = 50
 STEPS = (2, 3)
 PARALLEL = ("DDIMParallelScheduler", {})
 DPM = ("DPMSolverMultistepScheduler", {})
@@ -188,13 +189,12 @@ def test_every_cache_that_works_on_a_family_is_among_them(makers):
     assert {cache for found in makers.values() for cache in found} == set(columns()) - {"host: TextKVCache"}
 
 
-@pytest.mark.parametrize("sequences", [20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_next_call_is_that_of_a_fresh_pipeline(name, sequences, makers):
+def test_the_next_call_is_that_of_a_fresh_pipeline(name, makers):
     """After each sequence; the pipeline lives on into the next one, with all that was done with it."""
     scene, finished = Scene(ZOO[name], random.Random(name), makers[name]), 0
     with warnings.catch_warnings(action="ignore", category=PlanWarning):
-        for sequence in range(sequences):
+        for sequence in range(SEQUENCES):
             scene.play()
             given, fresh = scene.call(scene.pipe), scene.fresh()
             with attach(fresh, scene.plan or Plan()) as handle:
@@ -203,6 +203,6 @@ def test_the_next_call_is_that_of_a_fresh_pipeline(name, sequences, makers):
             assert given == wanted if isinstance(given, str) else torch.equal(given, wanted), (sequence, scene.done)
             assert scene.handle is None or scene.handle.stats == handle.stats
             finished += not isinstance(given, str)
-    assert finished > sequences / 2
-    assert scene.aborted > sequences / 5
+    assert finished > SEQUENCES / 2
+    assert scene.aborted > SEQUENCES / 5
     assert {operation.__name__ for operation in scene.operations()} <= {done for done, _ in scene.done}
