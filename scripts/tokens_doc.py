@@ -17,6 +17,8 @@ from .tokens_picture import PICTURE, intervals, share_at
 
 RESULTS = "docs/results"
 CACHES_FILE = "tokens-caches.json"
+BENCHES = f"{SLIM.removesuffix('.json')}*.json"
+"One for each length of answers."
 FITTED = "eval/demo/plans/tokens"
 Found = Mapping[str, Any]
 "What a benchmark wrote."
@@ -46,10 +48,15 @@ are those of the same recipe without a cache; the loop finds that out in each st
 
 BENCH_HEAD = """## Recipes on the tasks
 
-{n:,} questions a row, {gen_length} masks. Accuracy is the share of right answers, ± one standard error; costs are for
-each answer. A control has as many tokens in every step as fit the network evaluations of the recipe that it controls.
-Tokens per second are those of batches of {batch_size} on {device} with {torch_threads} thread, beside other work: they
-say little of other machines."""
+Accuracy is the share of right answers, ± one standard error; costs are for each answer. *Work* is NFE times
+token-forwards, as a part of what one token a step over the whole answer takes, as LLaDA decodes. `one-token-eot` is one
+token a step too, in blocks, and decodes no padding: what a recipe gains beyond it comes from the recipe. A control has
+as many tokens in every step as fit the network evaluations of the recipe that it controls."""
+
+LENGTH_HEAD = """### {gen_length} masks
+
+{n:,} questions a row. Tokens per second are those of batches of {batch_size} on {device} with {torch_threads} thread,
+beside other work: they say little of other machines."""
 
 AGREEMENT_HEAD = """## Caches along uncached trajectories
 
@@ -92,9 +99,20 @@ def document(results: Path, fitted: Path) -> str:
         fitted: the folder of the recipes that searches found.
     """
     caches = _read(results / CACHES_FILE)
-    bench = _read(results / SLIM)
-    sections = [HEAD, *_bench(bench), *(_caches(caches) if caches else ()), *_fitted(fitted), _catalogue(), _presets()]
-    commands = _commands(bench, caches)
+    benches = {
+        path.name: dict(read_json(path)) for path in sorted(results.glob(BENCHES), key=lambda path: len(path.name))
+    }
+    lengths = [block for found in benches.values() for block in _bench(found)]
+    sections = [
+        HEAD,
+        *([BENCH_HEAD] if benches else ()),
+        *lengths,
+        *(_caches(caches) if caches else ()),
+        *_fitted(fitted),
+        _catalogue(),
+        _presets(),
+    ]
+    commands = _commands(benches, caches)
     return "\n\n".join([*sections, *commands]) + "\n"
 
 
@@ -102,15 +120,15 @@ def _read(path: Path) -> dict[str, Any] | None:
     return dict(read_json(path)) if path.is_file() else None
 
 
-def _bench(found: Found | None) -> list[str]:
-    if found is None:
-        return []
+def _bench(found: Found) -> list[str]:
+    """The tables of one length of answers."""
     rows = found["rows"]
+    whole = next(row["nfe"] * row["token_forwards"] for row in rows if row["role"] == "reference")
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     first = [name for name in metrics if name.startswith(("worst", "mean"))]
     tasks = [name for name in metrics if name not in first]
     words = [name.replace("_", " ") for name in first]
-    costs = ["NFE", "token-forwards", "tokens per forward", "exact", "tokens/s"]
+    costs = ["NFE", "token-forwards", "work", "tokens per forward", "exact", "tokens/s"]
     cells = [
         [
             f"`{row['name']}`",
@@ -118,6 +136,7 @@ def _bench(found: Found | None) -> list[str]:
             *(_pair(row["metrics"].get(name)) for name in first),
             f"{row['nfe']:.1f}",
             f"{row['token_forwards']:,.0f}",
+            f"{row['nfe'] * row['token_forwards'] / whole:.2g}",
             f"{row['tokens_per_forward']:.2f}",
             "yes" if row["exact"] else "no",
             f"{row['tokens_per_s']:,.0f}",
@@ -125,7 +144,7 @@ def _bench(found: Found | None) -> list[str]:
         ]
         for row in rows
     ]
-    blocks = [BENCH_HEAD.format(**found), table(["recipe", "role", *words, *costs, "control"], cells)]
+    blocks = [LENGTH_HEAD.format(**found), table(["recipe", "role", *words, *costs, "control"], cells)]
     if tasks:
         each = [[f"`{row['name']}`", *(_pair(row["metrics"].get(name)) for name in tasks)] for row in rows]
         blocks += ["Each metric:", table(["recipe", *(name.removeprefix("accuracy_") for name in tasks)], each)]
@@ -375,11 +394,11 @@ def _presets() -> str:
     return "## Presets\n\n`decode(..., recipe=NAME)`, with the papers' defaults.\n\n" + table(["recipe", "slots"], rows)
 
 
-def _commands(bench: Found | None, caches: Found | None) -> list[str]:
+def _commands(benches: Mapping[str, Found], caches: Found | None) -> list[str]:
     """The commands that measure all of it anew."""
     lines = []
-    if bench:
-        lines += [bench["command"], f"python -m fewstep.scripts.bench.slim_runs OUT {RESULTS}/{SLIM}"]
+    for name, bench in benches.items():
+        lines += [bench["command"], f"python -m fewstep.scripts.bench.slim_runs OUT {RESULTS}/{name}"]
     if caches:
         flags = " ".join(f"--{name} {caches[name]}" for name in ("pipe", "n", "answers", "gen_length"))
         out = f"{RESULTS}/{CACHES_FILE}"

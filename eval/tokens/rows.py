@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers.errors import InputError
-from ...samplers.tokens import RECIPES, DecodeState, DenoiserSpec, EosExit, Fixed, Quota, Recipe, Whole, decode
+from ...samplers.tokens import RECIPES, DecodeState, DenoiserSpec, EosExit, EotExit, Fixed, Quota, Recipe, Whole, decode
 from ..record import Role
 from .models import TokenModels
 from .tasks import Question
@@ -29,6 +29,9 @@ LITERATURE = (
 
 BLOCK = 32
 "Positions in a block of the static baselines, as in Fast-dLLM."
+
+HALF_BLOCK = 16
+"Those of the baseline that decodes no padding: in longer blocks the surest tokens are padding, far ahead."
 
 STATIC = (2, 4, 8)
 "Tokens per step of the static baselines."
@@ -87,9 +90,11 @@ def token_rows(models: TokenModels, given: Sequence[tuple[str, Recipe]], asked: 
     first = next(iter(models.denoisers))
     rows = [TokenRow("one-token", "reference", first, one_token(models.denoisers[first].spec))]
     optional = []
-    if models.denoisers[first].spec.eos_ids:
-        recipe = one_token(models.denoisers[first].spec).replace(exit=EosExit())
-        rows.append(TokenRow("one-token-eos", "baseline", first, recipe))
+    spec = models.denoisers[first].spec
+    if spec.eos_ids:
+        blocks = Fixed(length=HALF_BLOCK) if spec.attention == "full" else one_token(spec).blocks
+        unpadded = Recipe(blocks=blocks, unmask=Quota(tokens=1), exit=EotExit())
+        rows.append(TokenRow("one-token-eot", "baseline", first, unpadded))
     rows += [static_row(models, first, tokens, "baseline") for tokens in STATIC]
     if models.causal is not None:
         rows.append(TokenRow(TWIN, "baseline", "ar", None))
