@@ -102,10 +102,12 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
     method, options, team = course.method, course.options, course.team
     device = course.accelerator.device
     seconds = sum(line.get("seconds") or 0.0 for line in RunLog(options.output_dir).lines())
+    student = None if options.student is None else str(options.student)
     trained = {role: sum(p.numel() for p in team.trainable(role).values()) for role in team.roles.trained}
     facts = {
         "method": method.model_dump(mode="json"),
         "pipe": options.pipe,
+        "student": student,
         "updates": outcome.step,
         "global_batch": options.global_batch(course.accelerator.num_processes),
         "data": data_in_words(method, options),
@@ -132,7 +134,7 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
             trainable=trained[role],
             conditions=course.conditions,
             call_kwargs=course.call_kwargs,
-            student=None if options.student is None else str(options.student),
+            student=student,
             data=data_in_words(method, options),
             command=command or None,
             seconds=seconds,

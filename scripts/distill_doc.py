@@ -30,8 +30,9 @@ STUDENTS_HEAD = """## Students of `fashion-dit`
 Against Fashion-MNIST's 10,000 *test* images, {n:,} images a row on seeds from {seed:,} on. Distances are `fd_fashion`,
 lower is better, ± one standard error from a jackknife over blocks of seeds; differences are to the teacher in
 {steps} steps, on the same seeds. Precision and recall are to training images. The trainings are short ones on one CPU
-core: the table says what a method is worth after minutes, not what it can do. Minutes are wall time beside other jobs,
-up to three times what an idle core takes."""
+core: the tables say what a method is worth after minutes, not what it can do. Minutes are wall time beside other jobs,
+up to three times what an idle core takes. A student that began with another one's weights says with whose; its updates
+and minutes are its own."""
 
 THROUGHPUT_HEAD = """## What an update costs
 
@@ -72,17 +73,20 @@ def _students(path: Path) -> Iterator[str]:
         return
     found: Mapping[str, Any] = read_json(path)
     yield STUDENTS_HEAD.format(n=found["n"], seed=found["seed"], steps=round(found["teacher"]["nfe"] / 2))
+    yield _by_steps(found["students"])
+    yield "All of it:"
     head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
     rows = [["teacher", "50", *_scores(found["teacher"])]]
     for name, student in found["students"].items():
         rows += [[f"`{name}`", steps, *_scores(row)] for steps, row in student["rows"].items()]
     yield markdown.table(head, rows)
     yield "What they took:"
-    head = ["student", "method", "updates", "batch", "data", "minutes", "memory", "trained parameters"]
+    head = ["student", "method", "began with", "updates", "batch", "data", "minutes", "memory", "trained parameters"]
     rows = [
         [
             f"`{name}`",
             f"`{student['method']['type']}`",
+            f"`{Path(student['student']).parent.name}`" if student.get("student") else "",
             f"{student['updates']:,}",
             str(student["global_batch"]),
             student["data"],
@@ -94,6 +98,22 @@ def _students(path: Path) -> Iterator[str]:
     ]
     yield markdown.table(head, rows)
     yield "```\n" + "\n".join(student["command"] for student in found["students"].values()) + "\n```"
+
+
+def _by_steps(students: Mapping[str, Any]) -> str:
+    """Distances alone, a column for each number of steps; the least of each is bold."""
+    every = sorted({int(steps) for student in students.values() for steps in student["rows"]})
+    distances = {
+        name: {int(steps): row["metrics"]["fd"] for steps, row in student["rows"].items()}
+        for name, student in students.items()
+    }
+    least = {steps: min(each[steps]["value"] for each in distances.values() if steps in each) for steps in every}
+    rows = []
+    for name, each in distances.items():
+        cells = {steps: markdown.number(found["value"], found["se"]) for steps, found in each.items()}
+        bold = {steps: f"**{text}**" if each[steps]["value"] == least[steps] else text for steps, text in cells.items()}
+        rows.append([f"`{name}`", *(bold.get(steps, "") for steps in every)])
+    return markdown.table(["student", *(f"{steps} step{'s' * (steps > 1)}" for steps in every)], rows)
 
 
 def _scores(row: Mapping[str, Any]) -> list[str]:

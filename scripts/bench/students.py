@@ -26,6 +26,7 @@ from .judge import Judge, compared
 TEACHER_STEPS = 50
 FACTS = (
     "method",
+    "student",
     "updates",
     "global_batch",
     "data",

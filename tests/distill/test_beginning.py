@@ -63,6 +63,7 @@ def test_a_run_resumes_with_the_same_beginning_only(given, trained, tmp_path):
     assert (tmp_path / "whole" / FULL).read_bytes() == (tmp_path / "parts" / FULL).read_bytes()
     card = (tmp_path / "whole" / "README.md").read_text()
     assert f"* Began with the weights of: {first}" in card
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["student"] == str(first)
     with pytest.raises(InputError, match=r"was written with student = .*, this run has None"):
         given.run("lcm", tmp_path / "parts", hyper, 4, train_data_dir=images, resume_from_checkpoint="latest")
 
