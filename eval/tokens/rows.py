@@ -30,8 +30,8 @@ LITERATURE = (
 BLOCK = 32
 "Positions in a block of the static baselines, as in Fast-dLLM."
 
-HALF_BLOCK = 16
-"Those of the baseline that decodes no padding: in longer blocks the surest tokens are padding, far ahead."
+UNPADDED_BLOCK = 16
+"Positions in a block of the baseline that decodes no padding: in longer ones the surest token is padding far ahead."
 
 STATIC = (2, 4, 8)
 "Tokens per step of the static baselines."
@@ -92,7 +92,7 @@ def token_rows(models: TokenModels, given: Sequence[tuple[str, Recipe]], asked: 
     optional = []
     spec = models.denoisers[first].spec
     if spec.eos_ids:
-        blocks = Fixed(length=HALF_BLOCK) if spec.attention == "full" else one_token(spec).blocks
+        blocks = Fixed(length=UNPADDED_BLOCK) if spec.attention == "full" else one_token(spec).blocks
         unpadded = Recipe(blocks=blocks, unmask=Quota(tokens=1), exit=EotExit())
         rows.append(TokenRow("one-token-eot", "baseline", first, unpadded))
     rows += [static_row(models, first, tokens, "baseline") for tokens in STATIC]
