@@ -136,7 +136,7 @@ def _bench(found: Found) -> list[str]:
             *(_pair(row["metrics"].get(name)) for name in first),
             f"{row['nfe']:.1f}",
             f"{row['token_forwards']:,.0f}",
-            f"{row['nfe'] * row['token_forwards'] / whole:.2g}",
+            _part(row["nfe"] * row["token_forwards"], whole),
             f"{row['tokens_per_forward']:.2f}",
             "yes" if row["exact"] else "no",
             f"{row['tokens_per_s']:,.0f}",
@@ -149,6 +149,11 @@ def _bench(found: Found) -> list[str]:
         each = [[f"`{row['name']}`", *(_pair(row["metrics"].get(name)) for name in tasks)] for row in rows]
         blocks += ["Each metric:", table(["recipe", *(name.removeprefix("accuracy_") for name in tasks)], each)]
     return blocks
+
+
+def _part(some: float, whole: float) -> str:
+    """One number as a part of another."""
+    return f"{some / whole:.2f}" if 10 * some > whole else f"1/{whole / some:,.0f}"
 
 
 def _pair(found: Sequence[Any] | None) -> str:

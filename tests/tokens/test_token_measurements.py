@@ -197,8 +197,9 @@ def test_a_slim_copy_of_a_bench_and_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["slim_runs", str(tmp_path), str(tmp_path / slim_runs.SLIM)])
     slim_runs.main()
     text = tokens_doc.document(tmp_path, tmp_path / "none")
-    assert "80 questions a row, 64 masks." in text
-    assert "| `one` | reference | 0.50 ± 0.05 | 64.0 | 1,234 | 2.50 | yes | 100 |  |\n| `ours` | plan |" in text
+    assert "### 64 masks\n\n80 questions a row." in text
+    assert "| `one` | reference | 0.50 ± 0.05 | 64.0 | 1,234 | 1.00 | 2.50 | yes | 100 |  |\n| `ours` | plan |" in text
+    assert "| `ours` | plan | 0.50 ± 0.05 | 4.0 | 1,234 | 1/16 | 2.50 |" in text
     assert "| `ours` | 1.00 |" in text
     assert "fewstep bench --pipe demo:tokens\npython -m fewstep.scripts.bench.slim_runs OUT docs/results" in text
     (tmp_path / "runs" / "image.json").write_text(json.dumps(run("image", "plan", 1.0, decoding=None)))
