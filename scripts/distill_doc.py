@@ -8,6 +8,8 @@ from typing import Any
 
 from ..distill.commandline import method_lines
 from ..distill.method import METHODS
+from ..eval.assets import shipped_plans
+from ..samplers import Plan
 from ..samplers.files import read_json
 from . import markdown
 
@@ -34,6 +36,11 @@ core: the tables say what a method is worth after minutes, not what it can do. M
 up to three times what an idle core takes. A student that began with another one's weights says with whose; its updates
 and minutes are its own."""
 
+SHIPPED_HEAD = """## Students that ship
+
+Beside the demo's plans, weights in half precision: `fewstep bench --steps 4` shows them next to the teacher. The evidence
+is from seeds on which nothing was chosen, against the *training* images."""
+
 THROUGHPUT_HEAD = """## What an update costs
 
 Seconds of an update of the student, beside the sum of the forward and backward passes that it needs, both measured in
@@ -49,7 +56,7 @@ def document(results: Path) -> str:
         results: the folder of the files that the benchmarks wrote; a section without its file says so.
     """
     sections = [HEAD, METHODS_HEAD, _methods(), *_students(results / "students-dit.json")]
-    sections += [THROUGHPUT_HEAD, _throughput(results / "throughput.json")]
+    sections += [SHIPPED_HEAD, _shipped(), THROUGHPUT_HEAD, _throughput(results / "throughput.json")]
     return "\n\n".join(sections) + "\n"
 
 
@@ -126,6 +133,16 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
         difference,
         *(f"{each:.3f}" for each in shares),
     ]
+
+
+def _shipped() -> str:
+    rows = []
+    for path in shipped_plans("demo:fashion-dit"):
+        plan = Plan.load(path)
+        if plan.weights:
+            scores = (f"{each.metric} {markdown.number(each.value, each.se or 0.0)}" for each in plan.evidence)
+            rows.append([f"`{path.stem}`", str(plan.nominal_steps), "; ".join(scores), f"`{plan.evidence[0].command}`"])
+    return markdown.table(["plan", "steps", "evidence", "command"], rows)
 
 
 def _throughput(path: Path) -> str:

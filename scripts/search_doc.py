@@ -93,10 +93,10 @@ def _titled(demo: str, found: Found, section: Any) -> str:
 def _plans(demo: str) -> str:
     folder = plan_folder(f"demo:{demo}")
     assert folder is not None
-    files = sorted(folder.glob("*-step*.json"), key=lambda path: Plan.load(path).nominal_steps or 0)
+    plans = {path: Plan.load(path) for path in folder.glob("*-step*.json")}
+    searched = {path: plan for path, plan in plans.items() if not plan.weights}
     rows = []
-    for path in files:
-        plan = Plan.load(path)
+    for path, plan in sorted(searched.items(), key=lambda item: item[1].nominal_steps or 0):
         evidence = [f"{each.metric} {_estimate(each.value, each.se)}" for each in plan.evidence]
         rows.append([f"`{path.stem}`", _solver(plan), _times(plan), _others(plan), "; ".join(evidence)])
     return f"**`{demo}`**\n\n" + markdown.table(["plan", "solver", "timesteps", "besides", "evidence"], rows)

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the plan and of the folder of its weights")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1280)
+    parser.add_argument("--seed", type=int, default=FRESH_SEED, help="first; others than those it was chosen on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = plan_folder(options.pipe)
@@ -57,12 +58,12 @@ def main() -> None:
     path = folder / f"{options.name}.json"
     plan = with_half_weights(options.pipe, Plan.load(options.student / options.plan), folder, options.name)
     plan.save(path)
-    judge = Judge(options.pipe, options.work, options.n, FRESH_SEED)
+    judge = Judge(options.pipe, options.work, options.n, options.seed)
     row, base = judge.row(path), judge.row(reference_plan(options.pipe, TEACHER_STEPS))
     value, se = fd_difference(row, base)
     common = {
         "n": options.n,
-        "seeds": (FRESH_SEED, FRESH_SEED + options.n),
+        "seeds": (options.seed, options.seed + options.n),
         "command": shlex.join(["python", "-m", "fewstep.scripts.demo.ship_student", *sys.argv[1:]]),
     }
     own = row["metrics"]["fd"]
