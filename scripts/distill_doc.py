@@ -80,6 +80,8 @@ def _students(path: Path) -> Iterator[str]:
         return
     found: Mapping[str, Any] = read_json(path)
     yield STUDENTS_HEAD.format(n=found["n"], seed=found["seed"], steps=round(found["teacher"]["nfe"] / 2))
+    teacher = found["teacher"]["metrics"]["fd"]
+    yield f"The teacher in 50 steps: {markdown.number(teacher['value'], teacher['se'])}. Its students:"
     yield _by_steps(found["students"])
     yield "All of it:"
     head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
