@@ -38,8 +38,8 @@ and minutes are its own."""
 
 SHIPPED_HEAD = """## Students that ship
 
-Beside the demo's plans, weights in half precision: `fewstep bench --steps 4` shows them next to the teacher. The evidence
-is from seeds on which nothing was chosen, against the *training* images."""
+Beside the demo's plans, weights in half precision: `fewstep bench --steps 4` shows them next to the teacher. The
+evidence is from seeds on which nothing was chosen, against the *training* images."""
 
 THROUGHPUT_HEAD = """## What an update costs
 
