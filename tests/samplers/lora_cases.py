@@ -1,11 +1,12 @@
 """Plans with a random LoRA beside them."""
 
+import pytest
 import torch
 from tiny import call_arguments
 
 from fewstep.distill.export_lora import export_lora
 from fewstep.distill.lora import Lora, LoraSetting, adapted_layers
-from fewstep.samplers import LoraWeights, Plan, SpacingGrid, attach, denoisers
+from fewstep.samplers import InputError, LoraWeights, Plan, SpacingGrid, attach, denoisers
 
 SETTING = LoraSetting(rank=3, alpha=5.0)
 
@@ -56,3 +57,13 @@ def modules_of(pipe):
     """All that a module of the denoiser is, apart from the values of its tensors."""
     network = next(iter(denoisers(pipe).values()))
     return [(name, type(module), len(module._forward_hooks)) for name, module in network.named_modules()]
+
+
+def refused(pipe, plan, words):
+    before, state = dict(vars(pipe)), modules_of(pipe)
+    with pytest.raises(InputError) as caught:
+        attach(pipe, plan)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert vars(pipe) == before
+    assert modules_of(pipe) == state

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lora_cases import images_of, loaded, random_lora, refused
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_lora_weights import images_of, loaded, random_lora, refused
 from test_model_switch import other_network, with_network
 from tiny import TINY, call_arguments, tiny_dit, tiny_stable_diffusion, tiny_unet
 

@@ -159,12 +159,6 @@ def test_answers_of_rows_are_those_of_decoding_by_hand(finished, loaded):
         assert run["decoding"]["tokens_per_forward"] == pytest.approx(tokens_per_forward)
 
 
-def test_what_decodes_no_padding_costs_less(finished):
-    rows = table(finished)
-    for cost in ("nfe", "token_forwards"):
-        assert float(rows["one-token-eot"][cost]) < float(rows["one-token"][cost])
-
-
 def test_costs_of_the_twin_are_those_that_its_network_sees(loaded):
     seen = []
     hook = loaded.causal.model.register_forward_pre_hook(
