@@ -99,9 +99,8 @@ def document(results: Path, fitted: Path) -> str:
         fitted: the folder of the recipes that searches found.
     """
     caches = _read(results / CACHES_FILE)
-    benches = {
-        path.name: dict(read_json(path)) for path in sorted(results.glob(BENCHES), key=lambda path: len(path.name))
-    }
+    found = ((path.name, dict(read_json(path))) for path in results.glob(BENCHES))
+    benches = dict(sorted(found, key=lambda pair: int(pair[1]["gen_length"])))
     lengths = [block for found in benches.values() for block in _bench(found)]
     sections = [
         HEAD,
