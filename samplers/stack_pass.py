@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,11 +58,13 @@ class Layouts:
         starts: of each network and branch, the blocks that follow no other: what came before them was changed on the
             way, joined, permuted or added to.
         written: blocks whose output the network writes into afterwards.
+        rows_apart: whether the rows of a batch are decided about one by one, and so have to be told apart.
     """
 
     known: dict[str, Layout] = field(default_factory=dict)
     starts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
+    rows_apart: bool = True
 
     def learn(self, passing: Passing, output: Any) -> Layout:
         """The layout of a block that ran.
@@ -73,7 +76,7 @@ class Layouts:
             streams = streams_of(passing.module, passing.args, passing.kwargs, output)
             layout = Layout(streams, None if isinstance(output, Tensor) else len(output))
             rows = passing.evaluation.rows
-            for tensor in layout.outgoing(output).values():
+            for tensor in layout.outgoing(output).values() if self.rows_apart else ():
                 if len(tensor) % rows or (tensor.ndim < 3 and len(tensor) != rows):
                     raise InputError(
                         f"{type(passing.module).__name__} gives {tuple(tensor.shape)} for {rows} samples: it packs "
@@ -138,7 +141,6 @@ class StackPass:
         self._seen: set[str] = set()
         self._picked: dict[int, tuple[Any, Any]] = {}
         self._latest: dict[int, tuple[Tensor, Tensor]] = {}
-        self._inside = None if picks is None else narrowed(evaluation, picks)
 
     @staticmethod
     def is_kept(memory: Memory, layouts: Layouts, evaluation: Evaluation) -> bool:
@@ -205,11 +207,16 @@ class StackPass:
             self._picked[id(value)] = (value, pick_rows(name, value, self.picks, self.rows))
         return self._picked[id(value)][1]
 
+    @cached_property
+    def _inside(self) -> Evaluation:
+        assert self.picks is not None
+        return narrowed(self.evaluation, self.picks)
+
     @contextmanager
     def _listening_to_picks(self) -> Iterator[None]:
         """Tells the caches of modules in a block that it runs fewer rows."""
         listener = LISTENER.get()
-        if not isinstance(listener, Inside) or self._inside is None:
+        if not isinstance(listener, Inside):
             yield
             return
         token = LISTENER.set(replace(listener, evaluation=self._inside))

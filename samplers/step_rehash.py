@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
@@ -9,8 +10,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from .cache import CACHES
+from .cache_call import CacheHook
 from .errors import InputError
 from .mask import MaskPart, Table, is_block
+from .part import Run
+from .stack_mask import StackMaskHook
 from .stacks import block_names
 
 _LEVELS = ("down_blocks", "up_blocks")
@@ -23,9 +27,9 @@ class StepRehash(MaskPart):
     The paper gives no more than the idea, to skip steps whose features are like those of the step before, and its
     released code lacks it. Here the changes since the last computed step are added up, and a step computes when the
     sum would pass ``threshold``; or, with ``budget``, the threshold is the smallest at which no more than that many
-    steps compute. The first step always does. In a step that does not, each block of a transformer adds to its streams
-    what it added last, and the blocks of a U-Net beneath its first level give what they gave last; with an ``order``
-    the polynomial in the step's position through the last 2 or 3 computed values goes on from there.
+    steps compute. The first step always does. In a step that does not, the blocks of a transformer together add to
+    their streams what they added last, and the blocks of a U-Net beneath its first level give what they gave last; with
+    an ``order`` the polynomial in the step's position through the last 2 or 3 computed values goes on from there.
     """
 
     type: Literal["step-rehash"] = "step-rehash"
@@ -64,14 +68,6 @@ class StepRehash(MaskPart):
         tables = (_computed(self.changes, threshold) for threshold in sorted(sums))
         return next(table for table in tables if sum(computes for (computes,) in table) <= (self.budget or 1))
 
-    def forecasts(self) -> int:
-        """The order."""
-        return self.order
-
-    def residual(self, name: str) -> bool:
-        """True of the blocks of transformers."""
-        return keeps_change(name)
-
     def reach(self, network: nn.Module) -> tuple[str, ...]:
         """The blocks: of a transformer all, of a U-Net those beneath the first level.
 
@@ -79,6 +75,12 @@ class StepRehash(MaskPart):
             InputError: when the network has neither.
         """
         return rehashed(network)
+
+    def make(self, modules: Mapping[str, nn.Module], run: Run) -> CacheHook:
+        """The hook of one call."""
+        computes = tuple(value for (value,) in self.table())
+        stacked = frozenset(filter(keeps_change, modules))
+        return StackMaskHook(self.type, modules, computes, run.scheduler, self.order, stacked)
 
 
 def rehashed(network: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fewstep.samplers import CachePart
 from fewstep.samplers.block_mask import uniform_mask
+from fewstep.samplers.cache import CACHES
 from fewstep.samplers.mask import Target
 from fewstep.samplers.step_rehash import StepRehash
 
@@ -127,13 +128,16 @@ def dit_cases(known: Calibration) -> list[Case]:
         cases += [_mask("blocks", every, order, ("block",)) for order in (0, 1, 2)]
     for budget in (10, 7, 5):
         cases.append(_measured("blocks", known, budget, 1, ("block",)))
-        cases.append(ours("step-rehash", budget, changes=known.changes, budget=budget))
+        cases += [
+            ours(f"step-rehash measured, order {order}", budget, changes=known.changes, budget=budget, order=order)
+            for order in (0, 1, 2)
+        ]
     for threshold in (0.1, 0.2):
         dbcache = {"steps": STEPS, "residual_diff_threshold": threshold}
         cases.append(peer("cache-dit, Taylor 1", threshold, "cache-dit", taylor=1, **dbcache))
     for rung in known.rungs:
-        share = f"{''.join(rung['rows']).count('1') / sum(map(len, rung['rows'])):.2f}"
-        cases.append(ours("block-mask calibrated", share, **rung))
+        part = CACHES[rung["type"]].model_validate(rung)
+        cases.append(ours(f"{part.type} calibrated", f"{_share(part):.2f}", **rung))
     return cases
 
 
@@ -146,13 +150,15 @@ def rungs(ladder: Sequence[CachePart], shares: Sequence[float]) -> tuple[dict[st
     """
     computed = [_share(part) for part in ladder]
     nearest = (min(range(len(ladder)), key=lambda rung: abs(computed[rung] - share)) for share in shares)
-    return tuple(ladder[rung].model_dump(mode="json", exclude_defaults=True) for rung in dict.fromkeys(nearest))
+    chosen = (ladder[rung] for rung in dict.fromkeys(nearest))
+    return tuple({"type": part.type} | part.model_dump(mode="json", exclude_defaults=True) for part in chosen)
 
 
 def _share(part: Any) -> float:
     if part.type == "unet-deep":
         return len(part.steps) / STEPS
-    return "".join(part.rows).count("1") / sum(map(len, part.rows))
+    table = part.table()
+    return sum(map(sum, table)) / sum(map(len, table))
 
 
 def chosen_steps(known: Calibration, budget: int) -> list[int]:

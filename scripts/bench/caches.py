@@ -91,8 +91,9 @@ class CacheJudge(Judge):
             seeds = range(FIT_SEED, FIT_SEED + FIT_COUNT)
             plan = self._trial(self.uncached).plan
             found: dict[str, Any] = {"changes": measure_changes(self._pipe, plan, self._arguments(seeds)), "ratios": ()}
-            kind = "block-mask" if "transformer" in self._pipe.components else "unet-deep"
-            found["rungs"] = rungs(LADDERS[kind](self._pipe, plan, STEPS, self._samples), SHARES)
+            kinds = ("block-mask", "step-rehash") if "transformer" in self._pipe.components else ("unet-deep",)
+            ladders = (LADDERS[kind](self._pipe, plan, STEPS, self._samples) for kind in kinds)
+            found["rungs"] = [rung for ladder in ladders for rung in rungs(ladder, SHARES)]
             if "transformer" in self._pipe.components:
                 with attach(self._pipe, plan):
                     found["ratios"] = magnitude_ratios(self._pipe, self._call(seeds), STEPS)

@@ -44,13 +44,16 @@ def test_a_budget_is_kept_with_the_smallest_threshold():
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_a_transformer_is_what_a_block_mask_of_whole_rows_is(order):
+def test_a_transformer_is_what_a_block_mask_of_whole_rows_is_in_the_memory_of_one_block(order):
+    """Up to rounding: the mask forecasts block by block and adds up, here the sum is forecast."""
     pipe = tiny_dit(layers=3)
     arguments = {"num_inference_steps": 5}
-    with attach(pipe, Plan(caches=StepRehash(changes=(1, 1, 0.1, 0.1), threshold=0.15, order=order))):
+    with attach(pipe, Plan(caches=StepRehash(changes=(1, 1, 0.1, 0.1), threshold=0.15, order=order))) as whole:
         images = pipe(**call_arguments(pipe), **arguments).images
-    with attach(pipe, Plan(caches=BlockMask(rows=("1", "1", "1", "0", "1"), order=order))):
-        np.testing.assert_array_equal(pipe(**call_arguments(pipe), **arguments).images, images)
+    with attach(pipe, Plan(caches=BlockMask(rows=("1", "1", "1", "0", "1"), order=order))) as apart:
+        np.testing.assert_allclose(pipe(**call_arguments(pipe), **arguments).images, images, atol=2e-6)
+    assert whole.stats.modules == apart.stats.modules
+    assert 3 * whole.stats.cache_bytes == apart.stats.cache_bytes > 0
 
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_stable_diffusion])
