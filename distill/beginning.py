@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..samplers import LoraWeights, Plan, Run, StudentWeights
 from ..samplers.errors import InputError
-from ..samplers.lora_file import read_lora
+from ..samplers.lora_file import low_rank_shapes, read_lora
 from ..samplers.substitute import load_network, own_network
 from .lora import LoraSetting
 from .method import Method
@@ -100,7 +100,5 @@ def _shapes(cast: Cast, lora: LoraSetting | None) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in checked_layers(cast.network, cast.kinds)["student"]:
         weight: Any = cast.network.get_submodule(name).weight
-        rows, *columns = weight.shape
-        shapes[f"{name}.lora_A.weight"] = (lora.rank, *columns)
-        shapes[f"{name}.lora_B.weight"] = (rows, lora.rank, *(1 for _ in columns[1:]))
+        shapes[f"{name}.lora_A.weight"], shapes[f"{name}.lora_B.weight"] = low_rank_shapes(weight.shape, lora.rank)
     return shapes

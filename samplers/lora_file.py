@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,17 @@ class LoraFile:
 
     component: str | None
     layers: dict[str, LoraLayer]
+
+
+def low_rank_shapes(weight: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B for a layer: that of the inputs at this rank, and of the outputs, over one pixel.
+
+    Args:
+        weight: shape of the layer's weight, (outputs, inputs) and for convolutions the size of the kernel.
+        rank: of the update.
+    """
+    outputs, *inputs = weight
+    return (rank, *inputs), (outputs, rank, *(1,) * (len(inputs) - 1))
 
 
 def read_lora(run: Run, name: str) -> LoraFile:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import InputError
-from .lora_file import CONFIG, PEFT_FILE, LoraLayer, read_lora
+from .lora_file import CONFIG, PEFT_FILE, LoraLayer, low_rank_shapes, read_lora
 from .network import own_class
 from .part import Part, Run
 from .substitute import inner, own_network
@@ -153,7 +153,7 @@ def _low_rank(name: str, layer: LoraLayer, module: nn.Module, scale: float) -> _
         if base.groups != 1 or base.dilation != (1, 1) or base.padding_mode != "zeros":
             raise InputError(f"{name} is a convolution of groups, dilated or padded otherwise; no LoRA adapts it")
         options = {"stride": base.stride, "padding": base.padding}
-    wanted = (layer.rank, *weight.shape[1:]), (weight.shape[0], layer.rank, *(1,) * (weight.ndim - 2))
+    wanted = low_rank_shapes(weight.shape, layer.rank)
     if (tuple(layer.down.shape), tuple(layer.up.shape)) != wanted:
         raise InputError(
             f"the LoRA of {name} has A {tuple(layer.down.shape)} and B {tuple(layer.up.shape)}; a layer of "
