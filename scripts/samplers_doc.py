@@ -94,6 +94,13 @@ first step, where the part finds out which branch is which.
 LATENCY = """Latency is that of one call as a share of the call with full guidance, both called in turn: the median
 of the pairs, quartiles in brackets."""
 
+OVERHEAD_HEAD = """## What a part costs beside the network
+
+Processor time of a call outside of the network, less that of the same call without the part, as a share of the
+network's own time in the call without it; the decoder is left out of both. Medians of calls in turn, quartiles in
+brackets. A share below zero is noise: the part costs less than calls differ. The aim is at most 1 % on `fashion-dit`.
+"""
+
 
 def document(results: Path) -> str:
     """The text of docs/samplers.md.
@@ -104,6 +111,7 @@ def document(results: Path) -> str:
     solvers = {demo: _read(results, f"solvers-{_short(demo)}") for demo in DEMOS}
     parts = {demo: _read(results, f"parts-{_short(demo)}") for demo in DEMOS}
     shift, guidance = _read(results, "time-shift-unet"), _read(results, "guidance-dit")
+    overhead = _read(results, "overhead")
     sections = [
         HEAD,
         SOLVERS_HEAD,
@@ -116,8 +124,10 @@ def document(results: Path) -> str:
         _or_missing(_shift, shift),
         GUIDANCE_HEAD,
         _or_missing(_guidance, guidance),
+        OVERHEAD_HEAD,
+        _or_missing(_overhead, overhead),
         NOTES,
-        _commands(solvers, parts, shift, guidance),
+        _commands(solvers, parts, shift, guidance, overhead),
     ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
@@ -302,11 +312,27 @@ def _guidance(found: Found) -> str:
     return f"{found['n']:,} images a row, seeds from 0 on. {note}\n\n" + markdown.table(head, rows)
 
 
+def _overhead(found: Found) -> str:
+    shares = found["overhead"]
+    names = dict.fromkeys(part for parts in shares.values() for part in parts)
+
+    def cell(share: dict[str, float] | None) -> str:
+        if share is None:
+            return ""
+        low, median, high = (f"{100 * share[name]:.2f}" for name in ("q1", "share_of_network", "q3"))
+        return f"{median} % ({low} to {high})"
+
+    rows = [[f"`{name}`", *(cell(parts.get(name)) for parts in shares.values())] for name in names]
+    about = f"{found['steps']} steps, batch {found['batch_size']}, {found['repeats']} pairs of calls."
+    return f"{about}\n\n" + markdown.table(["part", *(f"`{demo.partition(':')[2]}`" for demo in shares)], rows)
+
+
 def _commands(
     solvers: dict[str, Found | None],
     parts: dict[str, Found | None],
     shift: Found | None,
     guidance: Found | None,
+    overhead: Found | None,
 ) -> str:
     """The commands that measure all of it anew."""
     lines = []
@@ -330,6 +356,10 @@ def _commands(
         rest = f" --time_shift {RESULTS}/time-shift-unet.json{_chosen(parts[demo])}"
         add("parts", demo, f"parts-{_short(demo)}", parts[demo], flags, rest)
     add("guidance_window", "fashion-dit", "guidance-dit", guidance, ("n", "screen_n", "repeats"))
+    if overhead:
+        lines.append(
+            f"python -m fewstep.scripts.bench.overhead --repeats {overhead['repeats']} --out {RESULTS}/overhead.json"
+        )
     return "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..eval.conditions import Conditions
 from ..eval.jackknife import BLOCKS, Estimate, mean_jackknife
-from ..eval.metrics import KINDS, WHY_NOT, HeldImages, Sample, needed, unmet_need
+from ..eval.metrics import KINDS, WHY_NOT, HeldImages, Need, Sample, needed, unmet_need
 from ..eval.paired import psnr, ssim
 from ..eval.quantise import to_uint8
 from ..eval.timing import WARMUPS, Spread, count_flops, timed
@@ -109,7 +109,7 @@ class Measurer:
         call: from numbers of samples to the arguments of a call for them, seeds included.
         judges: what images are judged with.
         teacher: the plan that paired qualities and limits compare with.
-        also: further qualities and costs, by name.
+        also: further qualities and costs, by name; a quality that needs more images than there are is left out.
         batch_size: samples in a call.
         first: number of the first sample.
 
@@ -139,6 +139,7 @@ class Measurer:
         self.spent = 0
         self._pipe, self._objective, self._call = pipe, objective, call
         self._judges = judges or Judges()
+        self._also = frozenset(also).difference(objective.quantities)
         self._quantities = tuple(dict.fromkeys((*objective.quantities, *also)))
         self._batch_size, self._first = batch_size, first
         self._teacher = _Held(teacher) if teacher is not None else None
@@ -184,20 +185,42 @@ class Measurer:
     def _check_needs(self, n: int) -> None:
         if n < LEAST_IMAGES:
             raise InputError(f"a plan is measured on at least {LEAST_IMAGES} images; got {n}")
-        judges = self._judges
         for kind in self._quantities:
-            if kind not in KINDS:
-                continue
-            need = unmet_need(
-                kind, net=judges.net, real=judges.real, clip=judges.clip, lpips=judges.lpips, asked=self._asked, n=n
-            )
-            if need == "moments" and judges.net is not None:
-                raise InputError(
-                    f"{kind} needs at least {2 * judges.net.dim} images, twice the {judges.net.dim} dimensions of "
-                    f"{judges.net.name}; got {n}; raise the rungs, or take kd"
-                )
-            if need is not None:
+            need = self._unmet(kind, n)
+            if need == "moments":
+                if kind not in self._also:
+                    raise self._too_few(kind, n)
+            elif need is not None:
                 raise InputError(f"{kind} cannot be measured: {WHY_NOT[need]}")
+
+    def check_enough(self, n: int) -> None:
+        """Refuses fewer images than some quantity needs.
+
+        Args:
+            n: the most that anything is measured on.
+
+        Raises:
+            InputError: naming the quantity.
+        """
+        for kind in self._quantities:
+            if self._unmet(kind, n) == "moments":
+                raise self._too_few(kind, n)
+
+    def _unmet(self, kind: str, n: int) -> Need | None:
+        """What a quantity lacks on n images; None for one that needs nothing."""
+        judges = self._judges
+        if kind not in KINDS:
+            return None
+        return unmet_need(
+            kind, net=judges.net, real=judges.real, clip=judges.clip, lpips=judges.lpips, asked=self._asked, n=n
+        )
+
+    def _too_few(self, kind: str, n: int) -> InputError:
+        net = needed(self._judges.net)
+        return InputError(
+            f"{kind} needs at least {2 * net.dim} images, twice the {net.dim} dimensions of {net.name}; got {n}; "
+            "measure on more, or take kd"
+        )
 
     @property
     def _asked(self) -> str:
@@ -301,6 +324,8 @@ class Measurer:
         sample = self._sample(held, n, None if teacher is None else self._sample(teacher, n, None))
         values: dict[str, Estimate] = {}
         for name in self._quantities:
+            if self._unmet(name, n) is not None:
+                continue
             if name not in PAIRED and name in KINDS:
                 values[name] = KINDS[name].estimate(sample)
             elif name in PAIRED and teacher is not None:

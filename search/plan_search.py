@@ -111,7 +111,7 @@ def search(
         setting: how.
         judges: what images are judged with.
         teacher: the plan that paired qualities and limits compare with.
-        also: qualities to measure besides, by name.
+        also: qualities to measure besides, by name; on fresh samples alone where those of the search are too few.
         starts: plans, or parameters, to measure before any other; plans that the space cannot say are left out.
         baselines: plans to compare with on fresh noise, by name; the best of them there is what the evidence names.
         progress: told after each trial.
@@ -123,6 +123,7 @@ def search(
     """
     began = time.monotonic()
     job = _Job(pipe, space, objective, call, setting, judges or Judges(), teacher, also)
+    job.measurer(FRESH).check_enough(max(setting.fresh_n, objective.rungs[-1]))
     study = job.run([start for start in map(job.start, starts) if start is not None], progress)
     trials = finished_trials(study)
     history = tuple(job.candidate(trial, index) for index, trial in enumerate(trials))
@@ -147,9 +148,9 @@ def search(
         metric=job.metric(objective.quality, setting.fresh_n),
         higher_is_better=QUALITIES[objective.quality] == ">=",
         cost=objective.cost,
-        front=tuple(replace(each, gap=fresh.gap(each.plan, best.plan)) for each in front),
+        front=tuple(replace(each, gap=fresh.gap(each.plan, best.plan, objective.quality)) for each in front),
         history=history,
-        baselines=tuple(replace(each, gap=fresh.gap(each.plan, best.plan)) for each in others),
+        baselines=tuple(replace(each, gap=fresh.gap(each.plan, best.plan, objective.quality)) for each in others),
         spent=spent + study.user_attrs.get(ROWS, 0),
         seconds=max(seconds, time.monotonic() - began),
         settings=settings,
@@ -318,11 +319,13 @@ class _Job:
             Evidence(metric=self.metric(kind, n), value=value.value, se=value.se, n=n, seeds=seeds, command=command)
             for kind, value in measured.values.items()
         ]
-        gap = proof.gap(plan, rival.plan) if rival else None
-        if rival is not None and gap is not None:
-            name = f"{self.metric(self.objective.quality, n)} difference"
-            shown = {"n": n, "seeds": seeds, "against": rival.name, "command": command}
-            evidence.append(Evidence(metric=name, value=gap.value, se=gap.se, **shown))
+        for kind in measured.values if rival else ():
+            assert rival is not None
+            gap = proof.gap(plan, rival.plan, kind)
+            if gap is not None:
+                shown = {"n": n, "seeds": seeds, "against": rival.name, "command": command}
+                name = f"{self.metric(kind, n)} difference"
+                evidence.append(Evidence(metric=name, value=gap.value, se=gap.se, **shown))
         tuned_for = TunedFor(
             fingerprint=fingerprint(next(iter(denoisers(self.pipe).values()))),
             pipeline=type(self.pipe).__name__,

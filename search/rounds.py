@@ -61,9 +61,9 @@ class Round:
         with self._counted():
             return all(violation <= 0 for violation in violations(self.objective, measured, self.measurer))
 
-    def gap(self, plan: Plan, best: Plan) -> Estimate | None:
-        """Quality of a plan less that of the best one, paired; None for a quality that has no replicates."""
-        ours, theirs = (self.measure(each).values[self.objective.quality] for each in (plan, best))
+    def gap(self, plan: Plan, best: Plan, quality: str) -> Estimate | None:
+        """A quality of a plan less that of the best one, paired; None for one that has no replicates."""
+        ours, theirs = (self.measure(each).values[quality] for each in (plan, best))
         if isinstance(ours, Jackknife) and isinstance(theirs, Jackknife):
             pair = paired_difference(ours, theirs)
             return Estimate(pair.value, pair.se, pair.n)

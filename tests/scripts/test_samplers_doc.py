@@ -54,7 +54,7 @@ def test_results_hold_plans_that_run_and_fit_in_a_repository(path):
 
 def test_what_was_not_measured_is_said(tmp_path):
     text = samplers_doc.document(tmp_path)
-    assert text.count("Not measured.") == 6
+    assert text.count("Not measured.") == 7
     assert "python -m" not in text.split("## Commands")[1]
 
 
@@ -95,6 +95,17 @@ def test_differences_beyond_two_errors_are_bold_and_counted(tmp_path):
     assert "| -0.90 ± 0.46 | **+0.10 ± 0.04** |" in lines(text, start + "`analytic-init`")[0]
     assert "| `early-start` | – | 1 better, 1 worse, of 2 |" in text
     assert "| `analytic-init` | – | 0 better, 0 worse, of 1 |" in text
+
+
+def test_overheads_are_in_percent_of_the_network(tmp_path):
+    share = {"share_of_network": -0.00041, "q1": -0.002, "q3": 0.0125}
+    found = {"demo:fashion-dit": {"guidance": share, "aligner": share}, "demo:fashion-unet": {"aligner": share}}
+    write(tmp_path, "overhead", {"steps": 10, "batch_size": 64, "repeats": 9, "overhead": found})
+    text = samplers_doc.document(tmp_path)
+    assert "10 steps, batch 64, 9 pairs of calls." in text
+    assert lines(text, "| `guidance` |") == ["| `guidance` | -0.04 % (-0.20 to 1.25) |  |"]
+    assert lines(text, "| `aligner` |")[0].count("-0.04 %") == 2
+    assert "scripts.bench.overhead --repeats 9 --out docs/results/overhead.json" in text
 
 
 def test_commands_have_the_flags_of_their_scripts():

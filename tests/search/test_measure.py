@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 from tiny import call_arguments, tiny_dit, tiny_sd3, tiny_unet
+from toy_judges import toy_judges
 
-from fewstep.eval import FeatureStats, kernel_jackknife, load_feature_net, paired_difference, to_uint8
+from fewstep.eval import kernel_jackknife, load_feature_net, paired_difference, to_uint8
 from fewstep.eval.assets import load_pipeline
 from fewstep.eval.conditions import Conditions
 from fewstep.eval.generate import ImageSet, generate
-from fewstep.eval.reference import RealImages, demo_images
+from fewstep.eval.reference import demo_images
 from fewstep.eval.score import Scorer
 from fewstep.eval.timing import WARMUPS, count_flops
 from fewstep.samplers import ConstantGuidance, InputError, Plan, SpacingGrid, attach
@@ -19,34 +20,10 @@ from fewstep.search.measure import KEPT_PLANS, PAIRS, REPEATS, CandidateError, M
 from fewstep.search.objective import PAIRED, RELATIVE_ERROR, Limit, Objective
 
 TEACHER = Plan(grid=SpacingGrid(steps=5, spacing="trailing"))
-PRINT = "0" * 64
 
 
 def steps(count):
     return Plan(grid=SpacingGrid(steps=count, spacing="trailing"))
-
-
-class ToyNet:
-    """Four means of pixels; the class is the brightest of the first three."""
-
-    name, dim, channels, preprocess, fingerprint = "toy", 4, (1,), "none", PRINT
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, images):
-        self.seen += len(images)
-        return images.float().flatten(1).unflatten(1, (4, -1)).mean(2) / 255
-
-    def logits_from_features(self, features):
-        return features[:, :3]
-
-
-def judges():
-    net = ToyNet()
-    features = torch.rand(40, 4, generator=torch.Generator().manual_seed(3))
-    stats = FeatureStats.from_features(features, fingerprint=PRINT)
-    return Judges(net=net, real=RealImages("real", "key", stats, features, {}))
 
 
 def generators(numbers):
@@ -63,11 +40,11 @@ def labels(numbers):
 
 def measurer(pipe, quality="fd", call=pixels, *, rungs=(8, 20), limits=(), cost=None, **options):
     objective = Objective(quality, cost, tuple(map(Limit.parse, limits)), rungs)
-    return Measurer(pipe, objective, call, judges(), **{"batch_size": 4} | options)
+    return Measurer(pipe, objective, call, toy_judges(), **{"batch_size": 4} | options)
 
 
 def test_values_are_those_of_a_bench_on_the_same_seeds(tmp_path):
-    pipe, judged, n, conditions = tiny_dit(), judges(), 24, Conditions("labels", (0, 1, 2))
+    pipe, judged, n, conditions = tiny_dit(), toy_judges(), 24, Conditions("labels", (0, 1, 2))
     kinds = ("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "vendi", "psnr")
     kinds += ("feature_distance",)
     scores, scorer = None, Scorer(judged.net, judged.real, None, None, conditions, tmp_path, n)
@@ -287,10 +264,21 @@ def test_other_errors_are_not_those_of_the_plan():
     assert math.isfinite(measurer(pipe).measure(steps(1), 8).numbers["fd"])  # nothing is attached any more
 
 
+def test_what_is_measured_besides_waits_for_enough_images():
+    found = measurer(tiny_unet(), "relative_error", teacher=TEACHER, also=("fd",), rungs=(4,))
+    assert found.measure(steps(2), 4).values.keys() == {"relative_error"}
+    both = found.measure(steps(2), 8).values
+    assert both.keys() == {"relative_error", "fd"}
+    assert both["fd"] == measurer(tiny_unet()).measure(steps(2), 8).values["fd"]
+    found.check_enough(8)
+    with pytest.raises(InputError, match="fd needs at least 8 images, twice the 4 dimensions of toy; got 7"):
+        found.check_enough(7)
+
+
 @pytest.mark.parametrize(
     ("quality", "options", "words"),
     [
-        ("fd", {"rungs": (4, 20)}, "fd needs at least 8 images, twice the 4 dimensions of toy; got 4; raise the rungs"),
+        ("fd", {"rungs": (4, 20)}, "fd needs at least 8 images, twice the 4 dimensions of toy; got 4; measure on more"),
         ("psnr", {}, "psnr compares with a teacher's samples; give its plan, or another quantity"),
         ("fd", {"limits": ("fd<=2*teacher",)}, r"the limit fd<=2\*teacher needs a teacher; give its plan, or a number"),
         ("class_accuracy", {}, "class_accuracy cannot be measured: it needs a network that names classes, and class"),

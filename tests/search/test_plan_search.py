@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mixture import mixture_call, mixture_pipeline
+from toy_judges import toy_judges
 
 from fewstep.eval import paired_difference
 from fewstep.samplers import DiffusersSolver, ExplicitGrid, InputError, Plan, denoisers
@@ -199,6 +201,15 @@ def test_another_search_in_the_same_study_is_refused(pipe, setting):
 def test_numbers_that_make_no_sense(name):
     with pytest.raises(InputError, match=f"{name} of a search is at least 1; got 0"):
         SearchSetting(storage="x", **{name: 0})
+
+
+def test_too_few_fresh_samples_are_refused_before_the_first_trial(pipe, setting):
+    setting = replace(setting, fresh_n=6)
+    with pytest.raises(InputError, match="fd needs at least 8 images, twice the 4 dimensions of toy; got 6"):
+        run(pipe, setting, objective=Objective("fd", rungs=(8,)), judges=toy_judges())
+    with pytest.raises(InputError, match="fd needs at least 8 images, twice the 4 dimensions of toy; got 6"):
+        run(pipe, setting, objective=Objective("relative_error", rungs=(4,)), also=("fd",), judges=toy_judges())
+    assert not Path(setting.storage).exists()
 
 
 def test_the_global_generator_is_left_alone(pipe, setting):
