@@ -66,17 +66,19 @@ NOTES = """## What helps, and what does not
 * **Where the steps are** decides more than which solver takes them. On `fashion-unet`, which works on pixels, Karras'
   sigmas bring DPM-Solver++ from 37 with trailing steps (the README's table) to 13 at ten evaluations; on `fashion-dit`
   they are its best from eight on. Multistep solvers, PNDM apart, come before first-order ones at every budget.
-* **An early start** helps both teachers in five steps of a multistep solver. In ten there are steps enough: it changes
-  nothing on `fashion-dit` and costs much on `fashion-unet`, as it does for DDIM there, because noise alone lacks the
-  mean of the images.
+* **An early start** helps both teachers in five steps of a multistep solver. In ten it depends on the grid: on
+  `fashion-dit` it helps UniPC's even steps, changes nothing under Karras' and harms DDIM; on `fashion-unet` it costs
+  much, because noise alone lacks the mean of the images.
 * **Analytic-Init** puts that mean in. On pixels it takes far more off than the early start alone, for DDIM at both
   budgets; with Karras' steps it helps at five and costs a little at ten. On latents, whose mean is small, it adds
   nothing to the early start.
 * **Epsilon scaling** depends on the grid. On `fashion-dit` 1.03 with five even steps takes almost half of the distance
-  off and raises recall, which guidance had lowered; in ten steps it does next to nothing. With Karras' steps 1.03
+  off and raises recall, which guidance had lowered; in ten steps it takes off up to a fourth. With Karras' steps 1.03
   tripled the distance on 256 screening images. On `fashion-unet` the smallest scale tried, 1.002, helps DDIM a little
-  and harms the multistep solvers. Choose it with the grid, never alone.
-* **The aligner** takes a little off, beyond the errors, after thirty gradient steps a ratio.
+  and harms the multistep solvers, as a network that starts at a time of hardly any signal is thrown off by any scale.
+  Choose it with the grid, never alone.
+* **The aligner** takes a little off on `fashion-dit`, beyond the errors in five of six, after its gradient steps. On
+  `fashion-unet` it harms in five of six: what it fits, the error of a step, is not what the distance sees.
 * **Time shift**, by its residual, makes DDIM worse on `fashion-unet` but for narrow windows and high cutoffs; the best
   cells are worth half a point or nothing on other seeds, with either criterion.
 * **Zero terminal SNR** rescales the betas under teachers that were trained with signal left in the noisiest step: worse

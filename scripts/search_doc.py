@@ -68,12 +68,13 @@ def document(results: Path) -> str:
     """
     searches = _read(results, "searches")
     sections = [HEAD, PLANS_HEAD, *(_plans(demo) for demo in DEMOS), GOALS_HEAD]
-    sections += [_titled(demo, _read(results, f"excess-{_short(demo)}"), _goals) for demo in DEMOS]
+    excesses = {demo: _read(results, f"excess-{_short(demo)}") for demo in DEMOS}
+    sections += [_titled(demo, found, _goals) for demo, found in excesses.items()]
     sections += [FRESH_HEAD, *(_fresh(demo, searches.get(demo, {})) for demo in DEMOS if searches)]
     sections += [TRANSFER_HEAD, *(_titled(d, _read(results, f"transfer-{_short(d)}"), _transfer) for d in DEMOS)]
     evolution = _read(results, "evolution-dit")
     sections += [EVOLUTION_HEAD, _evolution(evolution) if evolution else "Not measured."]
-    sections += ["## Commands", _commands(searches)]
+    sections += ["## Commands", _commands(searches, excesses)]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
@@ -226,11 +227,16 @@ def _evolution(found: Found) -> str:
     return f"Candidates on {found['n']:,} images.\n\n{markdown.table(head, rows)}"
 
 
-def _commands(searches: Found) -> str:
+def _commands(searches: Found, excesses: Mapping[str, Found]) -> str:
     lines = [found["command"] for demo in DEMOS for found in searches.get(demo, {}).values()]
-    for demo in map(_short, DEMOS):
-        lines += [
-            f"python -m fewstep.scripts.bench.excess --pipe demo:fashion-{demo} --solvers "
-            f"docs/results/solvers-{demo}.json --work work/{demo} --out docs/results/excess-{demo}.json",
-        ]
+    for demo, found in excesses.items():
+        if not found:
+            continue
+        reached = found["converged"]["rows"]
+        size, short = next(iter(reached.values()))["n"], _short(demo)
+        lines.append(
+            f"python -m fewstep.scripts.bench.excess --pipe demo:{demo} --solvers docs/results/solvers-{short}.json "
+            f"--work work/{short} --n {found['n']} --converged {' '.join(reached)} --converged_n {size} "
+            f"--budgets {' '.join(found['budgets'])} --out docs/results/excess-{short}.json"
+        )
     return "```bash\n" + "\n".join(lines) + "\n```"
