@@ -58,6 +58,7 @@ from .hook_tools import predicted, train_steps
 from .network import Evaluation
 from .part import Around, Part, Run, Sampling
 from .process import Process
+from .recognise import own_option
 
 
 class _Variant(NamedTuple):
@@ -130,7 +131,7 @@ class TimeShift(Part):
         process, scheduler = run.process, run.scheduler
         finder = _Finder(self, process)
         moves = VARIANTS[self.variant].moves_target
-        if scheduler.config.get("thresholding") and (moves or self.criterion == "residual"):
+        if own_option(scheduler, "thresholding") and (moves or self.criterion == "residual"):
             raise InputError(
                 "thresholding=True changes the predicted x0 within the scheduler, where the time-shift part does not "
                 "see it; set it to false in the solver's config, or use criterion 'data-variance'"
@@ -185,7 +186,7 @@ class _Finder:
     def clean(self, step: Step) -> Tensor:
         """The predicted clean samples as the solver uses them."""
         x0 = self.process.to_x0(predicted(step), step.x, step.time)
-        if not step.scheduler.config.get("clip_sample"):
+        if not own_option(step.scheduler, "clip_sample"):
             return x0
         bound = step.scheduler.config.clip_sample_range
         return x0.clamp(-bound, bound)

@@ -358,6 +358,19 @@ def test_clipping_counts_as_the_solver_clips():
     assert told[1].tolist() == [wanted]
 
 
+def test_what_the_pipelines_scheduler_clips_another_solver_does_not():
+    """A solver is made from the pipeline's config, and keeps options in its own that its class does not have."""
+    plan = Plan(
+        conditioning=TimeShift(window=200, cutoff=100), solver=DiffusersSolver(scheduler="DPMSolverMultistepScheduler")
+    )
+    told = []
+    for clips in (True, False):
+        ours = DDIMScheduler(clip_sample=clips, clip_sample_range=0.3, prediction_type="v_prediction")
+        arguments = {"batch_size": 1, "generator": generators(1), "num_inference_steps": 4}
+        told.append([times.tolist() for times in run(tiny_unet(scheduler=ours), plan, **arguments)[1]])
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
