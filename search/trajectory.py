@@ -17,6 +17,7 @@ from ..samplers import ExplicitGrid, InputError, Part, Plan, PlanWarning, attach
 from ..samplers.call import CallHook, Step
 from ..samplers.part import Run
 from ..samplers.process import Process
+from ..samplers.recognise import own_option
 from ..samplers.rules import cleanest
 from ..samplers.schedules import EDMSchedule
 from .cache import Call
@@ -156,7 +157,7 @@ def record_trajectories(
 def _require_ode(scheduler: Any) -> None:
     name = type(scheduler).__name__
     support = {entry.scheduler: entry for entry in explicit_support()}.get(name)
-    stochastic = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
+    stochastic = str(own_option(scheduler, "algorithm_type", "")).startswith("sde")
     if support is None or support.order is None or "listed" in support.note or stochastic:
         raise InputError(
             f"{name}{' with ' + scheduler.config.algorithm_type if stochastic else ''} draws noise or evaluates the "

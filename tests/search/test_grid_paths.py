@@ -288,6 +288,13 @@ def test_only_an_ode_of_one_evaluation_a_step_is_recorded(teacher, scheduler, co
     assert vars(teacher[0]) == before
 
 
+def test_a_pipeline_that_draws_noise_itself_is_recorded_with_a_solver_that_does_not():
+    pipe = mixture_pipeline()
+    stochastic = {"algorithm_type": "sde-dpmsolver++"}
+    pipe.scheduler = scheduler_class("DPMSolverMultistepScheduler").from_config(pipe.scheduler.config, **stochastic)
+    assert record_trajectories(pipe, plan_of("DDIMScheduler"), mixture_call, 2, fine=4).n == 2
+
+
 def test_a_call_of_another_number_of_samples_is_named(teacher):
     with pytest.raises(InputError, match=r"^the call took 4 steps of 1 samples for 4 times and 2 numbers; give one"):
         record_trajectories(teacher[0], Plan(), lambda numbers: mixture_call(numbers[:1]), 2, fine=4)
