@@ -112,11 +112,18 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+INTERVALS = (2, 4)
+"How many steps from one that computes to the next."
+
+
+def intervals(steps: int) -> tuple[int, ...]:
+    """Those that are no longer than the call."""
+    return tuple(every for every in INTERVALS if every <= steps)
+
+
 def masks(steps: int) -> dict[str, dict[str, Any]]:
     """Block masks, by what the table calls them."""
-    made = {
-        "blocks, every 2": uniform_mask(steps, 2),
-        "blocks, every 4": uniform_mask(steps, 4),
+    made = {f"blocks, every {every}": uniform_mask(steps, every) for every in intervals(steps)} | {
         "attention and MLP, every 2": uniform_mask(steps, 2, ("attention", "mlp")),
         "blocks, every 2, order 1": uniform_mask(steps, 2, order=1),
     }
@@ -125,11 +132,8 @@ def masks(steps: int) -> dict[str, dict[str, Any]]:
 
 def deep(steps: int) -> dict[str, dict[str, Any]]:
     """Deep caches, by what the table calls them."""
-    return {
-        "cut 0.0, every 2": {"type": "unet-deep", "interval": 2},
-        "cut 0.0, every 4": {"type": "unet-deep", "interval": 4},
-        "cut 1.0, every 2": {"type": "unet-deep", "interval": 2, "depth": 1},
-    }
+    made = {f"cut 0.0, every {every}": {"type": "unet-deep", "interval": every} for every in intervals(steps)}
+    return made | {"cut 1.0, every 2": {"type": "unet-deep", "interval": 2, "depth": 1}}
 
 
 @dataclass(frozen=True)
