@@ -79,8 +79,9 @@ NOTES = """## What helps, and what does not
   Choose it with the grid, never alone.
 * **The aligner** takes a little off on `fashion-dit`, beyond the errors in five of six, after its gradient steps. On
   `fashion-unet` it harms in five of six: what it fits, the error of a step, is not what the distance sees.
-* **Time shift**, by its residual, makes DDIM worse on `fashion-unet` but for narrow windows and high cutoffs; the best
-  cells are worth half a point or nothing on other seeds, with either criterion.
+* **Time shift**, by its residual, makes DDIM and DEIS worse on `fashion-unet` but for narrow windows and high cutoffs,
+  and changes DPM-Solver++ and DDPM by less than can be seen; the best cells are worth half a point or nothing on other
+  seeds, with either criterion.
 * **Zero terminal SNR** rescales the betas under teachers that were trained with signal left in the noisiest step: worse
   for the multistep solvers by far, and little for DDIM.
 * **ReDi** at five evaluations loses to five plain steps, in recall most of all.
