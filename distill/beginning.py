@@ -17,6 +17,7 @@ from ..samplers.substitute import load_network, own_network
 from .lora import LoraSetting
 from .method import Method
 from .role_kinds import Ema, checked_layers
+from .shards import own_part
 from .team import Cast, Team
 
 
@@ -62,7 +63,7 @@ def begin(team: Team, tensors: Mapping[str, Tensor]) -> None:
         tensors: of `read_beginning`.
     """
     for name, parameter in team.trainable("student").items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(own_part(tensors[name], parameter))
     for name, kind in team.roles.kinds.items():
         if isinstance(kind, Ema) and kind.of == "student":
             team.update_ema(name, 0.0)

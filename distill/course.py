@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from ..eval.assets import is_demo, load_pipeline, reference_plan
@@ -33,6 +34,7 @@ from .optimisers import optimiser_class
 from .options import STEPS, DistillOptions
 from .roles import refuse_no_checkpointing
 from .run_log import make_accelerator
+from .shards import Sharing
 from .shift import process_of_call
 from .sources import Batches
 from .team import Team, make_cast, team_of
@@ -99,6 +101,7 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
     accelerator = accelerator or make_accelerator(options)
     _check_folder(options)
     refuse_sharding(accelerator)
+    sharing = sharing_of(options, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     chosen = Checkpoints(options.output_dir).choose(options.resume_from_checkpoint)
     if chosen is not None:
@@ -130,7 +133,7 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
     refuse_unseen_guidance(encoder.layout, guided, method)
     values = conditions.values if images is None else ()
     source = make_source(images, values, options, encoder, teacher, accelerator, _told(bar))
-    team = team_of(cast, process, guided.scale, options.seed)
+    team = team_of(cast, process, guided.scale, options.seed, sharing)
     if beginning is not None:
         begin(team, beginning)
     team.roles.to(accelerator.device)
@@ -162,6 +165,39 @@ def check_options(method: Method, options: DistillOptions) -> None:
             f"{method.type} needs --max_train_steps {least} or more with these stages; got {options.max_train_steps}, "
             "so give more, or fewer --stage_steps"
         )
+
+
+def sharing_of(options: DistillOptions, accelerator: Accelerator) -> Sharing | None:
+    """The processes that the networks are cut over; None where each holds them whole.
+
+    Args:
+        options: of the run.
+        accelerator: that is configured for FSDP asks for it too.
+
+    Raises:
+        InputError: with one process, or an optimiser whose moments cannot be cut.
+    """
+    configured = accelerator.distributed_type == DistributedType.FSDP
+    if not options.shard_networks and not configured:
+        return None
+    what = "--shard_networks true" if options.shard_networks else "accelerate's FSDP"
+    if accelerator.num_processes == 1:
+        raise InputError(
+            f"{what} cuts the networks over several processes, and this is one; give accelerate launch --num_processes "
+            "2 or more, or leave it out"
+        )
+    if options.use_8bit_adam:
+        raise InputError(
+            f"--use_8bit_adam holds moments in blocks, which {what} would cut otherwise in each number of processes; "
+            "leave one of them out"
+        )
+    if configured and accelerator.is_main_process:
+        warnings.warn(
+            "accelerate is configured for FSDP: the networks are cut as by --shard_networks true, and FSDP's other "
+            "settings are not used",
+            stacklevel=2,
+        )
+    return Sharing(accelerator.device, accelerator.num_processes, accelerator.process_index)
 
 
 def _check_folder(options: DistillOptions) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from .options import DistillOptions
 from .roles import Roles
 from .run_log import RunLog
+from .shards import size_of
 
 UPDATES = 2
 
@@ -81,9 +82,7 @@ def table_of(roles: Roles) -> Table:
         table.add_column(heading, justify="left" if heading in ("role", "is") else "right")
     for name, kind in roles.kinds.items():
         trained = roles.trainable(name).values() if name in roles.trained else ()
-        table.add_row(
-            name, type(kind).__name__, f"{len(trained):,}", f"{sum(parameter.numel() for parameter in trained):,}"
-        )
+        table.add_row(name, type(kind).__name__, f"{len(trained):,}", f"{size_of(trained):,}")
     return table
 
 

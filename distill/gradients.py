@@ -1,4 +1,4 @@
-"""Gradients averaged over processes, once per update.
+"""Gradients averaged over processes, once per update, and clipped.
 
 The networks are not wrapped in ``DistributedDataParallel``: with adapters that are switched, several forward passes
 per backward pass and roles that take turns, its reducer waits for gradients that do not come.
@@ -6,11 +6,14 @@ per backward pass and roles that take turns, its reducer waits for gradients tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from .shards import Share
 
 BUCKET = 2**25
 "Elements that are exchanged at a time, unless one parameter has more."
@@ -26,7 +29,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
         parameters: in the same order in all processes.
         accelerator: knows the processes.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not parameters:
         return
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
     anywhere = accelerator.reduce(has, "sum").tolist()
@@ -36,6 +39,45 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
         means = accelerator.reduce(flat, "mean").split([p.numel() for p in bucket])
         for parameter, mean in zip(bucket, means, strict=True):
             parameter.grad = mean.view_as(parameter)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """As ``torch.nn.utils.clip_grad_norm_`` for parameters some of which are cut over the processes.
+
+    Args:
+        parameters: with a `Share` among them; the gradients of those that are not cut are the same in all processes.
+        limit: on the norm.
+
+    Returns:
+        The norm over all parameters and processes before clipping, a scalar.
+    """
+    sharing = next(parameter.sharing for parameter in parameters if isinstance(parameter, Share))
+    squares = torch.zeros(2, device=sharing.device)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            squares[int(isinstance(parameter, Share))] += parameter.grad.float().square().sum()
+    kept, cut = squares
+    norm = (kept + sharing.sum(cut)).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+    return norm
+
+
+@torch.no_grad()
+def spread_overflow(parameters: Sequence[Share]) -> None:
+    """Makes gradients that are not finite in one process not finite in all, so that all scalers skip the update.
+
+    Args:
+        parameters: all that are cut, in the same order in all processes.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        sums = torch.stack([gradient.isfinite().all().logical_not().float() for gradient in gradients])
+        anywhere = parameters[0].sharing.sum(sums.sum())
+        gradients[0].masked_fill_(anywhere > 0, math.inf)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

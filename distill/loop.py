@@ -22,12 +22,13 @@ from .method import Loss, Method, Moment, Source, TrainedRoles, seed_of
 from .optimisers import RoleOptimiser
 from .run_log import Means, RunLog, tracked_settings
 from .schedule import AVERAGE, Average, Counters, Schedule, rate_factor
+from .shards import Sharing
 from .stopping import StopRequest
 
 Watch = Callable[[int], Mapping[str, float]]
 """From the number of updates so far to further values for the log: validation, a progress bar."""
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+_FOREIGN = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,17 @@ def no_watch(step: int) -> Mapping[str, float]:
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:
-    """Refuses an accelerator that would cut up the networks.
+    """Refuses an accelerator that would cut up the networks in a way of its own.
 
     Raises:
         InputError: naming what does.
     """
-    if accelerator.distributed_type in _SHARDED:
+    if accelerator.distributed_type in _FOREIGN:
         kind = accelerator.distributed_type.value
-        raise InputError(f"the networks cannot be sharded by {kind}; run accelerate with plain multi-GPU or one GPU")
+        raise InputError(
+            f"the networks cannot be sharded by {kind}; run accelerate with plain multi-GPU, and with "
+            "--shard_networks true where they are too large for one"
+        )
 
 
 def identity_of(
@@ -90,6 +94,7 @@ class Loop:
         accelerator: of `run_log.make_accelerator`, or a user's own.
         watch: called in all processes after each update of the student, before its line is logged.
         identity: what a resumed run must have in common with this one besides method and options, as JSON.
+        sharing: the processes that networks are cut over (`shards.cut`); None where each holds them whole.
 
     Raises:
         InputError: for a sharding of the networks that the loop does not do, or a role that cannot be trained.
@@ -104,10 +109,13 @@ class Loop:
         accelerator: Accelerator,
         watch: Watch = no_watch,
         identity: Mapping[str, Any] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         refuse_sharding(accelerator)
+        if sharing is None and accelerator.distributed_type == DistributedType.FSDP:
+            raise InputError("accelerate is configured for FSDP, and the networks are whole; run it with multi-GPU")
         self.method, self.roles, self.source, self.options = method, roles, source, options
-        self.accelerator, self.watch = accelerator, watch
+        self.accelerator, self.watch, self.sharing = accelerator, watch, sharing
         self._identity = identity_of(method, options, accelerator, identity or {})
         self.schedule = _averaged(method.turns(), options)
         self.counters = Counters()
@@ -177,6 +185,8 @@ class Loop:
         self._enter_stage()
         updates = self.schedule.updates(self.counters)
         losses = self._backpropagate(updates)
+        if self.sharing is not None:
+            self.sharing.refuse_disorder()
         norms = {f"grad_norm/{role}": self.optimisers[role].gather(self.accelerator) for role in updates}
         measured, stop = self._measured(losses | norms, request.asked is not None)
         self._refuse_divergence(measured)
@@ -298,12 +308,13 @@ class Loop:
 
     def _save(self) -> Path:
         for role, optimiser in self.optimisers.items():
-            if name := optimiser.broken():
+            if name := optimiser.broken(self.accelerator):
                 self._give_up(f"{role}: {name} is not finite after update {self.counters.step}")
-        failure = None
-        if self.accelerator.is_main_process:
+        failure, main = None, self.accelerator.is_main_process
+        state = self._state() if main or self.sharing is not None else None
+        if main and state is not None:
             try:
-                self.checkpoints.save(self._state())
+                self.checkpoints.save(state)
             except InputError as error:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)

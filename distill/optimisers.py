@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..samplers.errors import InputError
-from .gradients import average_gradients
+from .gradients import average_gradients, clip_gradients, spread_overflow
 from .loop_options import LoopOptions
+from .shards import Share, cpu_copy, own_part
 
 _COUNT = "#"
 
@@ -59,11 +60,16 @@ class RoleOptimiser:
         Returns:
             Their norm before clipping, a scalar.
         """
-        average_gradients(list(self.parameters.values()), accelerator)
+        parameters = list(self.parameters.values())
+        cut = [parameter for parameter in parameters if isinstance(parameter, Share)]
+        average_gradients([parameter for parameter in parameters if not isinstance(parameter, Share)], accelerator)
         if accelerator.scaler is not None:
+            spread_overflow(cut)
             accelerator.scaler.unscale_(self.optimiser)
         limit = self._options.max_grad_norm or math.inf
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit).detach()
+        if cut:
+            return clip_gradients(parameters, limit)
+        return nn.utils.clip_grad_norm_(parameters, limit).detach()
 
     def step(self, rate: float, scaler: torch.amp.GradScaler | None) -> None:
         """One update with the learning rate ``rate``; the gradients are gone then."""
@@ -75,18 +81,22 @@ class RoleOptimiser:
             scaler.step(self.optimiser)
         self.optimiser.zero_grad(set_to_none=True)
 
-    def broken(self) -> str | None:
-        """The name of a parameter that is not finite, if there is one."""
-        names = (name for name, value in self.parameters.items() if not torch.isfinite(value).all())
-        return next(names, None)
+    def broken(self, accelerator: Accelerator) -> str | None:
+        """The name of a parameter that is not finite in some process, if there is one; all processes ask."""
+        bad = torch.stack([1.0 - torch.isfinite(value).all().float() for value in self.parameters.values()])
+        anywhere = accelerator.reduce(bad, "max").tolist()
+        return next((name for name, flag in zip(self.parameters, anywhere, strict=True) if flag), None)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments on the CPU, ``<parameter>/<moment>``; plain numbers become float64 scalars."""
+        """The moments on the CPU, ``<parameter>/<moment>``; plain numbers become float64 scalars.
+
+        All processes ask for them where parameters are cut over them (`shards.cpu_copy`).
+        """
         tensors = {}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
+                    tensors[f"{name}/{key}"] = cpu_copy(value, parameter)
                 else:
                     tensors[f"{name}/{key}{_COUNT}"] = torch.tensor(value, dtype=torch.float64)
         return tensors
@@ -97,7 +107,7 @@ class RoleOptimiser:
         moments: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
-            value = int(tensor) if key.endswith(_COUNT) else tensor
+            value = int(tensor) if key.endswith(_COUNT) else own_part(tensor, self.parameters[parameter])
             moments.setdefault(places[parameter], {})[key.removesuffix(_COUNT)] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..samplers.errors import InputError, unknown_name
 from .lora import Lora, LoraSetting, adapter_layers, adapter_parameters, add_adapter
 from .role_kinds import Adapter, Base, Ema, Extra, FullCopy, Kind, checked_layers, lora_setting
+from .shards import cpu_copy, join, own_part, shape_of
 
 
 @dataclass(frozen=True)
@@ -278,9 +279,12 @@ class Roles:
         return Lora(setting, {key: value.detach() for key, value in role.parameters.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of all weights that are not the base's, on the CPU, named ``ROLE/TENSOR``."""
+        """Copies of all weights that are not the base's, on the CPU, named ``ROLE/TENSOR``.
+
+        All processes ask for it where networks are cut over them (`shards.cpu_copy`).
+        """
         return {
-            f"{name}/{key}": value.detach().to("cpu", copy=True).contiguous()
+            f"{name}/{key}": cpu_copy(value)
             for name in self._kinds
             for key, value in self._roles[name].tensors().items()
         }
@@ -296,8 +300,8 @@ class Roles:
         for key, value in own.items():
             if key not in state:
                 raise InputError(f"the checkpoint has no {key}; resume with the roles and layers it was made with")
-            if state[key].shape != value.shape:
-                shapes = f"{tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} here"
+            if state[key].shape != shape_of(value):
+                shapes = f"{tuple(state[key].shape)} in the checkpoint, {tuple(shape_of(value))} here"
                 raise InputError(f"{key} is {shapes}; resume with the network and rank it was made with")
         for key in state:
             if key not in own:
@@ -305,7 +309,17 @@ class Roles:
                     f"the checkpoint has {key}, which no role holds; resume with the roles it was made with"
                 )
         for key, value in own.items():
-            value.copy_(state[key])
+            value.copy_(own_part(state[key], value))
+
+    def join(self, name: str) -> None:
+        """Puts the network of a role together again that is cut over the processes: what is exported.
+
+        All processes call it, and the main process has the network then, on the CPU; no role can be used any more.
+        An adapter needs no network.
+        """
+        role = self._role(name)
+        if role.adapter is None:
+            join(role.network)
 
     def to(self, device: torch.device | str) -> Roles:
         """Moves all networks."""

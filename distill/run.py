@@ -25,6 +25,7 @@ from .options import DistillOptions
 from .plots import write_plots
 from .progress import together, training_bar
 from .run_log import RunLog, make_accelerator
+from .shards import size_of
 from .sources import ImageBatches
 from .validation import Judge, Shown, Validation
 
@@ -61,9 +62,12 @@ def distill(method: Method, options: DistillOptions, command: str = "", console:
             return outcome
         course = prepare(method, options, bar, accelerator)
         outcome = train(course, bar)
-        if outcome.stopped_by is None and accelerator.is_main_process:
+        if outcome.stopped_by is None:
             bar.doing("writing the student")
-            finish(course, outcome, command)
+            for role in method.students:
+                course.team.roles.join(course.student(role).deployed_role)
+            if accelerator.is_main_process:
+                finish(course, outcome, command)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     if shown and console is not None:
@@ -88,7 +92,10 @@ def train(course: Course, bar: Meter) -> Outcome:
             return validation(step)
 
     watch = together(training_bar(bar, course.options.max_train_steps), validated)
-    loop = Loop(course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity)
+    loop = Loop(
+        course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity,
+        course.team.sharing,
+    )  # fmt: skip
     with placed(idle, host, device):
         return loop.run()
 
@@ -103,7 +110,7 @@ def finish(course: Course, outcome: Outcome, command: str) -> list[Export]:
     device = course.accelerator.device
     seconds = sum(line.get("seconds") or 0.0 for line in RunLog(options.output_dir).lines())
     student = None if options.student is None else str(options.student)
-    trained = {role: sum(p.numel() for p in team.trainable(role).values()) for role in team.roles.trained}
+    trained = {role: size_of(team.trainable(role).values()) for role in team.roles.trained}
     facts = {
         "method": method.model_dump(mode="json"),
         "pipe": options.pipe,

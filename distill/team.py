@@ -16,9 +16,10 @@ from .jumps import Denoiser
 from .lora import LoraSetting
 from .method import Method, Moment, seed_of
 from .predict import Prediction, guided, predict
-from .role_kinds import Adapter, Ema, FullCopy, Kind, checked_layers
+from .role_kinds import Adapter, Ema, Extra, FullCopy, Kind, checked_layers
 from .roles import Roles
 from .schedule import AVERAGE
+from .shards import Sharing, cut
 from .times import Draws, Range
 
 
@@ -30,11 +31,13 @@ class Team:
         roles: who holds which weights.
         process: the forward process of the pipeline.
         guidance: the scale with which the teacher is guided where a method says none; 1 is no guidance.
+        sharing: the processes that the networks are cut over; None where each holds them whole.
     """
 
     roles: Roles
     process: Process
     guidance: float = 1.0
+    sharing: Sharing | None = None
 
     def trainable(self, role: str, /) -> Mapping[str, nn.Parameter]:
         """The parameters that a role trains, by name."""
@@ -77,6 +80,8 @@ class Team:
     ) -> Denoiser:
         """A role, told the condition, with classifier-free guidance; the second branch is not asked at scale 1.
 
+        Processes that share networks ask it unless the scale is 1 in all of them.
+
         Args:
             role: its name.
             condition: of the samples; without an unconditional branch there is no guidance, whatever the scale.
@@ -84,7 +89,8 @@ class Team:
             grad: as in `denoiser`, but not recorded where nothing is said: most teachers are only asked.
             frozen: as in `denoiser`.
         """
-        if condition.uncond is None or bool((torch.as_tensor(scale) == 1).all()):
+        plain = condition.uncond is None or bool((torch.as_tensor(scale) == 1).all())
+        if plain if self.sharing is None else self.sharing.everywhere(plain):
             return self.denoiser(role, condition, grad=grad, frozen=frozen)
 
         def denoise(x: Tensor, t: Tensor) -> Prediction:
@@ -122,10 +128,12 @@ class Cast:
     Attributes:
         network: that they are made of: the teacher's, or one with more inputs that predicts the same.
         kinds: what each role is, by name.
+        teacher: the network of the pipeline.
     """
 
     network: nn.Module
     kinds: Mapping[str, Kind]
+    teacher: nn.Module
 
 
 def make_cast(
@@ -147,12 +155,12 @@ def make_cast(
     fitted = method.fitted(network)
     averaged = {AVERAGE: Ema("student")} if average else {}
     with _own_seed(seed, "kinds"):
-        cast = Cast(fitted, {**method.kinds(student, fitted), **averaged})
+        cast = Cast(fitted, {**method.kinds(student, fitted), **averaged}, network)
     checked_layers(cast.network, cast.kinds)
     return cast
 
 
-def team_of(cast: Cast, process: Process, guidance: float, seed: int = 0) -> Team:
+def team_of(cast: Cast, process: Process, guidance: float, seed: int = 0, sharing: Sharing | None = None) -> Team:
     """The team of a cast, whose network it freezes and puts adapters on.
 
     Args:
@@ -160,9 +168,16 @@ def team_of(cast: Cast, process: Process, guidance: float, seed: int = 0) -> Tea
         process: of the pipeline.
         guidance: scale of the teacher where the method says none.
         seed: of what adapters begin with; one for all processes.
+        sharing: the processes that the networks are cut over; None to keep them whole in each.
+
+    Raises:
+        InputError: for a network that cannot be cut (`shards.cut`).
     """
+    if sharing is not None:
+        extras = [kind.module for kind in cast.kinds.values() if isinstance(kind, Extra)]
+        cut((cast.network, cast.teacher, *extras), sharing)
     with _own_seed(seed, "roles"):
-        return Team(Roles(cast.network, cast.kinds), process, guidance)
+        return Team(Roles(cast.network, cast.kinds), process, guidance, sharing)
 
 
 @contextmanager
@@ -181,10 +196,11 @@ def make_team(
     guidance: float,
     seed: int = 0,
     average: bool = False,
+    sharing: Sharing | None = None,
 ) -> Team:
     """`make_cast` and `team_of` in one.
 
     Raises:
         InputError: when the method cannot train such a network; it has not been changed then.
     """
-    return team_of(make_cast(network, method, lora, seed, average), process, guidance, seed)
+    return team_of(make_cast(network, method, lora, seed, average), process, guidance, seed, sharing)

@@ -73,8 +73,9 @@ class Validation:
     """Samples the student, or its average, by its plans, beside the teacher.
 
     A `Watch`: after every so many updates it writes ``validation/step-000500.png``, hands the picture to the trackers
-    that show images, and returns numbers for the log. The main process samples, the others wait. Training does not
-    notice: random generators, roles and the pipeline are as before afterwards, and a validation that fails warns.
+    that show images, and returns numbers for the log. The main process samples, the others wait; with networks that
+    are cut over the processes they sample the same, because each has a part of the weights. Training does not notice:
+    random generators, roles and the pipeline are as before afterwards, and a validation that fails warns.
 
     Args:
         student: while it trains.
@@ -120,15 +121,21 @@ class Validation:
         Returns:
             Numbers of the main process, ``validation/METRIC/STEPS``, and their standard errors,
             ``validation/METRIC_se/STEPS``; nothing when it is not the time.
+
+        Raises:
+            torch.OutOfMemoryError: where networks are cut: the other processes would wait for this one's weights.
         """
         if not self.due(step):
             return {}
         values: dict[str, float] = {}
-        if self.accelerator.is_main_process:
+        shared = self.student.team.sharing is not None
+        if self.accelerator.is_main_process or shared:
             try:
                 with _own_generators(self.accelerator.device):
                     values = self._validate(step)
             except (InputError, torch.OutOfMemoryError) as error:
+                if shared and isinstance(error, torch.OutOfMemoryError):
+                    raise
                 warnings.warn(f"the validation after update {step} failed, training goes on: {error}", stacklevel=2)
             if self.accelerator.device.type != "cpu":
                 torch.get_device_module(self.accelerator.device).empty_cache()
@@ -152,6 +159,8 @@ class Validation:
                 for name, estimate in scores.items():
                     values[f"validation/{name}/{steps}"] = estimate.value
                     values[f"validation/{name}_se/{steps}"] = estimate.se
+        if not self.accelerator.is_main_process:
+            return {}
         picture = labelled_rows(f"{student.method.type}, update {step:,}", self._heads(), rows)
         with atomic_path(self.folder / f"step-{step:06d}.png") as temporary:
             picture.save(temporary, format="PNG")

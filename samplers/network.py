@@ -57,6 +57,9 @@ _USERS: dict[int, int] = {}
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 "Of each class of modules, the one that listens."
 
+OWN_CLASS = "_fewstep_own_class"
+"Attribute of classes that stand in for others as long as a module's weights are cut over processes: the other."
+
 DENOISERS = ("unet", "transformer", "prior", "denoiser", "decoder_unet")
 
 
@@ -157,10 +160,12 @@ def _run_own(base: type[nn.Module], module: nn.Module, args: tuple[Any, ...], kw
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, whether it is listened to or not."""
+    """The class of a module, whether it is listened to or cut, or neither."""
     swapped = type(module)
     base: type[nn.Module] = swapped.__mro__[1]
-    return base if _CLASSES.get(base) is swapped else swapped
+    heard = base if _CLASSES.get(base) is swapped else swapped
+    own: type[nn.Module] = getattr(heard, OWN_CLASS, heard)
+    return own
 
 
 @dataclass(frozen=True)

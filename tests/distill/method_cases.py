@@ -13,6 +13,7 @@ from tiny import tiny_dit, tiny_scheduler
 from fewstep.distill.encoder import Encoder
 from fewstep.distill.lora import LoraSetting
 from fewstep.distill.method import METHODS, Method, seed_of
+from fewstep.distill.shards import Sharing, own_part, shape_of
 from fewstep.distill.sources import Batch
 from fewstep.distill.team import Team, make_team
 from fewstep.samplers import Process
@@ -87,12 +88,13 @@ def _seeded(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def team_of(method: Method, lora: bool) -> Team:
+def team_of(method: Method, lora: bool, average: bool = False, sharing: Sharing | None = None) -> Team:
     process = Process.from_scheduler(tiny_scheduler())
     setting = LoraSetting(rank=2, alpha=3.0) if lora else None
-    team = make_team(tiny_dit().transformer, process, method, setting, guidance=2.0)
+    team = make_team(tiny_dit().transformer, process, method, setting, 2.0, 0, average, sharing)
     with torch.no_grad():  # roles that differ, as after some training
         for role in team.roles.trained:
             for name, parameter in team.trainable(role).items():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=_seeded(role, name))
+                moved = 0.05 * torch.randn(shape_of(parameter), generator=_seeded(role, name))
+                parameter += own_part(moved, parameter)
     return team
