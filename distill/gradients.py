@@ -58,7 +58,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         if parameter.grad is not None:
             squares[int(isinstance(parameter, Share))] += parameter.grad.float().square().sum()
     kept, cut = squares
-    norm = (kept + sharing.sum(cut)).sqrt()
+    norm: Tensor = (kept + sharing.sum(cut)).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:

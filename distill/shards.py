@@ -114,7 +114,7 @@ class Share(nn.Parameter):
         """Wraps a `Sharing.part`."""
         share = super().__new__(cls, part, requires_grad)
         share.whole, share.sharing, share.number = whole, sharing, sharing.number()
-        return share  # type: ignore[no-any-return]
+        return share
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Share:
         """A share of its own, with a number of its own."""
@@ -133,7 +133,7 @@ class _Gathered(torch.autograd.Function):
         return share.sharing.joined(share, share.whole)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         share: Share = ctx.share
         share.sharing.note(-share.number)
@@ -183,6 +183,7 @@ def join(network: nn.Module) -> None:
                 whole = cpu_copy(parameter)
                 if parameter.sharing.index == 0:
                     module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+                    module.__class__ = own_class(module)
 
 
 def cpu_copy(tensor: Tensor, of: Tensor | None = None) -> Tensor:
@@ -234,6 +235,8 @@ def _gathering(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
 
 def _property(name: str) -> property:
     def gathered(self: nn.Module) -> Any:
+        if name not in self._parameters:
+            raise AttributeError(name)
         parameter = self._parameters[name]
         return _Gathered.apply(parameter) if isinstance(parameter, Share) else parameter
 

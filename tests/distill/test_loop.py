@@ -389,8 +389,8 @@ def test_a_precision_that_this_process_cannot_have_any_more_is_refused(tmp_path)
 def test_sharded_networks_are_refused(tmp_path):
     settings = options(tmp_path)
     accelerator = fresh_accelerator(settings)
-    accelerator.state.distributed_type = DistributedType.FSDP
-    with pytest.raises(InputError, match="the networks cannot be sharded by FSDP; run accelerate with plain multi-GPU"):
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    with pytest.raises(InputError, match="cannot be sharded by DEEPSPEED; run accelerate with plain multi-GPU, and "):
         Loop(Toy(), ToyRoles(), ToySource(), settings, accelerator)
 
 
