@@ -57,9 +57,7 @@ class DistillOptions(LoopOptions):
         default=(), description="Ends of the names of adapted layers; default: all attention and MLP layers."
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
-    shard_networks: bool = Field(
-        default=False, description="Cut weights, gradients and moments over the processes; as accelerate's FSDP."
-    )
+    shard_networks: bool = Field(default=False, description="Cut weights, gradients and moments over the processes.")
     allow_tf32: bool = Field(default=False, description="Faster float32 on Ampere and later; not for scm.")
 
     num_inference_steps: int | None = Field(

@@ -118,9 +118,14 @@ def test_sigterm_from_outside(tmp_path, whole):
     assert_same_end(tmp_path, whole)
 
 
-def one_of_two(rank, folder, settings, method, stop_at):
+def meet(rank, folder):
+    """Makes this process one of two."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+
+def one_of_two(rank, folder, settings, method, stop_at):
+    meet(rank, folder)
 
     def before(turn):
         if turn == stop_at and rank == 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import assert_same_roles, fresh_states, roles_in
-from test_interruptions import forked
+from test_interruptions import forked, meet
 
 from fewstep.distill.__main__ import main
 from fewstep.distill.checkpoints import Checkpoints, load
@@ -90,8 +90,7 @@ def test_killed_at_twenty_random_moments(given, tmp_path, whole):
 
 
 def one_of_two(rank, folder, arguments):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    meet(rank, folder)
     command(arguments)
 
 
