@@ -188,8 +188,8 @@ def sharing_of(options: DistillOptions, accelerator: Accelerator) -> Sharing | N
         )
     if options.use_8bit_adam:
         raise InputError(
-            f"--use_8bit_adam holds moments in blocks, which {what} would cut otherwise in each number of processes; "
-            "leave one of them out"
+            f"--use_8bit_adam scales moments in blocks of each process's own, which {what} could not put together in a "
+            "checkpoint; leave one of them out"
         )
     if configured and accelerator.is_main_process:
         warnings.warn(

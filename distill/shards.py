@@ -7,7 +7,8 @@ one role at a time, and roles share networks and forward passes; wrappers of who
 and one backward pass in turn do not fit that.
 
 What autograd keeps for the backward pass are gathered weights. Gradient checkpointing drops them, and recomputes a
-block from weights that are gathered anew: with it, about one block is whole at a time.
+block from weights that are gathered anew: with it, about one block is whole at a time. A network that is to be cut has
+been loaded whole, in the precision of the frozen weights; copies for roles are made of shares.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from fewstep.distill.dry_run import table_of
 from fewstep.distill.loop import Loop
 from fewstep.distill.optimisers import RoleOptimiser
 from fewstep.distill.options import DistillOptions
-from fewstep.distill.role_kinds import FullCopy
+from fewstep.distill.role_kinds import Base, Ema, FullCopy
 from fewstep.distill.roles import Roles
 from fewstep.distill.shards import Share, Sharing, cut, shape_of, size_of
 from fewstep.samplers.errors import InputError
@@ -379,6 +379,23 @@ def test_a_module_looks_as_it_did(monkeypatch):
     assert len({p.number for each in (network, copied) for p in each.parameters() if isinstance(p, Share)}) == 4
 
 
+def test_copies_of_a_half_precision_network_are_shares_in_float32(monkeypatch):
+    monkeypatch.setattr(shards, "LEAST", LEAST)
+    network = tiny_dit().transformer.to(torch.bfloat16)
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    half = network.get_parameter(name).detach().flatten().chunk(2)[1]
+    cut([network], Sharing(torch.device("cpu"), 2, 1))
+    roles = Roles(network, {"student": FullCopy(), "teacher": Base(), "target": Ema("student")})
+    share = roles.trainable("student")[name]
+    assert isinstance(share, Share)
+    assert (share.dtype, share.requires_grad) == (torch.float32, True)
+    assert torch.equal(share, half.float())
+    with roles.use("target") as target, roles.use("teacher") as teacher:
+        assert torch.equal(target.get_submodule(name.removesuffix(".weight"))._parameters["weight"], half.float())
+        frozen = teacher.get_submodule(name.removesuffix(".weight"))._parameters["weight"]
+    assert (frozen.dtype, frozen.requires_grad, frozen.numel()) == (torch.bfloat16, False, half.numel())
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -400,7 +417,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path, given, monkeypatch):
         Loop(Toy(), ToyRoles(), ToySource(), options(tmp_path), accelerator)
     monkeypatch.setattr(type(accelerator), "num_processes", 2)
     eight = DistillOptions(output_dir=tmp_path, use_8bit_adam=True)
-    with pytest.raises(InputError, match="--use_8bit_adam holds moments in blocks, which accelerate's FSDP would cut"):
+    with pytest.raises(InputError, match="--use_8bit_adam scales moments in blocks of each process's own, which acc"):
         sharing_of(eight, accelerator)
     with pytest.warns(UserWarning, match="cut as by --shard_networks true, and FSDP's other settings are not used"):
         assert sharing_of(plain, accelerator).count == 2
