@@ -84,7 +84,7 @@ class RoleOptimiser:
     def broken(self, accelerator: Accelerator) -> str | None:
         """The name of a parameter that is not finite in some process, if there is one; all processes ask."""
         bad = torch.stack([1.0 - torch.isfinite(value).all().float() for value in self.parameters.values()])
-        anywhere = accelerator.reduce(bad, "max").tolist()
+        anywhere = accelerator.reduce(bad, "sum").tolist()
         return next((name for name, flag in zip(self.parameters, anywhere, strict=True) if flag), None)
 
     def state(self) -> dict[str, Tensor]:

@@ -93,9 +93,15 @@ def train(course: Course, bar: Meter) -> Outcome:
 
     watch = together(training_bar(bar, course.options.max_train_steps), validated)
     loop = Loop(
-        course.method, course.team, course.source, course.options, course.accelerator, watch, course.identity,
+        course.method,
+        course.team,
+        course.source,
+        course.options,
+        course.accelerator,
+        watch,
+        course.identity,
         course.team.sharing,
-    )  # fmt: skip
+    )
     with placed(idle, host, device):
         return loop.run()
 
