@@ -51,7 +51,7 @@ class AdversarialConsistency(MultistepOnGrid, Distilling, Adversarial):
 
     def turns(self) -> Schedule:
         """Student and discriminator in every turn."""
-        return replace(super().turns(), stages=(Stage((("student", DISC),)),))
+        return self.with_disc_rate(replace(super().turns(), stages=(Stage((("student", DISC),)),)))
 
     def losses(self, batch: Batch, roles: Team, moment: Moment) -> Iterator[Loss]:
         """The match and the adversarial term on the same jump, and the discriminator's."""

@@ -18,6 +18,7 @@ from ..deploy import consistency_plan
 from ..method import METHODS, Loss, Moment, Needs
 from ..role_kinds import Kind
 from ..rollout import check_start
+from ..schedule import Schedule
 from ..sources import Batch
 from ..spans import even_points
 from ..team import Team, noise_like
@@ -59,6 +60,11 @@ class DMD2(Distribution, Adversarial):
     def critics(self) -> tuple[str, ...]:
         """The fake, and the discriminator where there is one."""
         return ("fake", DISC) if self.gan_weight else ("fake",)
+
+    def turns(self) -> Schedule:
+        """The critics in every turn, the student in the last of each cycle."""
+        schedule = super().turns()
+        return self.with_disc_rate(schedule) if self.gan_weight else schedule
 
     def times(self, process: Process) -> tuple[float, ...]:
         """The listed times, or evenly spread ones: 999, 749, 499 and 249 on a table of 1000."""
