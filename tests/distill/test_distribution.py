@@ -128,6 +128,12 @@ def test_dmd2_asks_for_data_only_with_an_adversary():
     assert [stage.cycle.count(("fake",)) for stage in plain.turns().stages] == [4]
 
 
+def test_the_discriminator_learns_at_a_rate_of_its_own():
+    assert METHODS["dmd2"](fake_rate=2.0, disc_rate=5.0).turns().rates == {"fake": 2.0, "disc": 5.0}
+    assert METHODS["dmd2"](disc_rate=5.0, gan_weight=0.0).turns().rates == {"fake": 1.0}
+    assert METHODS["adversarial-consistency"](disc_rate=5.0).turns().rates == {"disc": 5.0}
+
+
 def test_dmd2s_plan_is_its_rollout():
     method = METHODS["dmd2"]()
     assert method.times(VP) == (999.0, 749.0, 499.0, 249.0)
