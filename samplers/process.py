@@ -9,7 +9,7 @@ Where a check would make an accelerator wait (times that live on one), bad times
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Process:
     schedule: NoiseSchedule
     prediction: Prediction
     state_over_alpha: bool = False
+    _known: dict[float, Levels] = field(default_factory=dict, init=False, repr=False, compare=False)
+    "Of single times, which every step asks for several times over."
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Process:
@@ -79,7 +81,7 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        return self._levels(as_time(t)).alpha
+        return self._levels(t).alpha
 
     def sigma(self, t: Time) -> Tensor:
         """Factor of eps, at least 0.
@@ -87,7 +89,7 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        return self._levels(as_time(t)).sigma
+        return self._levels(t).sigma
 
     def log_snr(self, t: Time) -> Tensor:
         """2 log(alpha/sigma): -infinity at zero terminal SNR, infinity at clean data.
@@ -95,7 +97,7 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        return _log_snr(self._levels(as_time(t)))
+        return _log_snr(self._levels(t))
 
     def snr(self, t: Time) -> Tensor:
         """(alpha/sigma)^2: 0 at zero terminal SNR, infinity at clean data.
@@ -103,7 +105,7 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        alpha, sigma = self._levels(as_time(t))
+        alpha, sigma = self._levels(t)
         return (alpha / sigma) ** 2
 
     def time_of_log_snr(self, log_snr: Time) -> Tensor:
@@ -142,7 +144,7 @@ class Process:
                 permitted.
         """
         schedule = self._flow_schedule()
-        return schedule.from_uniform(self._levels(as_time(t)).sigma)
+        return schedule.from_uniform(self._levels(t).sigma)
 
     def with_shift(self, shift: float) -> Process:
         """The same flow-matching process with another ``shift`` (> 0) in `shift_time` and `from_uniform`.
@@ -166,9 +168,8 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        time = as_time(t)
-        self._levels(time)
-        return self.schedule.input_scale(time)
+        self._levels(t)
+        return self.schedule.input_scale(as_time(t))
 
     def scheduler_state_scale(self, t: Time) -> Tensor:
         """What x_t is multiplied with to be the scheduler's ``sample``: 1, or 1/alpha for the Euler family.
@@ -176,7 +177,7 @@ class Process:
         Raises:
             InputError: when a time is not permitted.
         """
-        alpha = self._levels(as_time(t)).alpha
+        alpha = self._levels(t).alpha
         return 1 / alpha if self.state_over_alpha else torch.ones_like(alpha)
 
     # From data to noise
@@ -187,7 +188,7 @@ class Process:
         Raises:
             InputError: when shapes disagree, a tensor is not floating point, or a time is not permitted.
         """
-        alpha, sigma = self._levels(as_time(t))
+        alpha, sigma = self._levels(t)
         return combine(x0, (alpha, x0), (sigma, eps))
 
     def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
@@ -196,7 +197,7 @@ class Process:
         Raises:
             InputError: as `add_noise`.
         """
-        of_x0, of_eps = self.prediction.target(*self._levels(as_time(t)))
+        of_x0, of_eps = self.prediction.target(*self._levels(t))
         return combine(x0, (of_x0, x0), (of_eps, eps))
 
     # From network output to data, noise and velocity, and back
@@ -327,7 +328,15 @@ class Process:
 
     # Inner parts
 
-    def _levels(self, time: Tensor) -> Levels:
+    def _levels(self, t: Time) -> Levels:
+        if isinstance(t, Tensor):
+            return self._computed_levels(as_time(t))
+        if t not in self._known:
+            with torch.inference_mode(False):  # they may be asked for again where gradients flow
+                self._known[t] = self._computed_levels(as_time(t))
+        return self._known[t]
+
+    def _computed_levels(self, time: Tensor) -> Levels:
         valid = self.schedule.valid(time)
         require(valid, time, f"time {{}} is outside {self.schedule.domain}")
         return Levels(*(torch.where(valid, level, torch.nan) for level in self.schedule.levels(time)))

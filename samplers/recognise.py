@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -38,9 +39,14 @@ def own_option(scheduler: Any, name: str, default: Any = None) -> Any:
         name: the option.
         default: what it is where the class does not take it.
     """
-    kinds: Any = type(scheduler).__mro__
-    takes = any(name in inspect.signature(kind.__init__).parameters for kind in kinds)
-    return scheduler.config.get(name, default) if takes else default
+    kind: Any = type(scheduler)
+    return scheduler.config.get(name, default) if name in _options(kind) else default
+
+
+@functools.lru_cache(maxsize=256)
+def _options(kind: Any) -> frozenset[str]:
+    """What the constructors of a class and its bases take."""
+    return frozenset(name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters)
 
 
 def recognise(scheduler: Any) -> Recognised:

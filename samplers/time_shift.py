@@ -171,7 +171,9 @@ class _Finder:
             values: (rows, ...) whose variance is compared.
             centre: a time.
         """
-        variance = values.float().flatten(1).var(dim=1)
+        rows = values.float().flatten(1)
+        centred = rows - rows.mean(dim=1, keepdim=True)
+        variance = centred.square().sum(dim=1) / (rows.shape[1] - 1)  # as Tensor.var, which is slow on the CPU
         candidates, expected = self._window(centre)
         nearest = (variance[:, None] - expected.to(variance)).abs().argmin(dim=1)
         return candidates.to(nearest.device).take(nearest)
