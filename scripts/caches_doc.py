@@ -198,9 +198,15 @@ def _commands(found: dict[str, dict[str, Any] | None]) -> str:
         if measured := found[name]:
             lines.append(
                 f"python -m fewstep.scripts.bench.caches --pipe {pipe} --work work/{name} --n {measured['n']} "
-                f"--repeats {measured['repeats']} --out {RESULTS}/caches-{name}.json"
+                f"--repeats {measured['repeats']}{_batches(measured)} --out {RESULTS}/caches-{name}.json"
             )
     if wide := found["wide"]:
         flags = f"--steps {wide['steps']} --repeats {wide['repeats']}"
         lines.append(f"python -m fewstep.scripts.bench.wide {flags} --out {RESULTS}/caches-wide.json")
     return "## Commands\n\n```bash\n" + "\n".join(lines) + "\n```"
+
+
+def _batches(found: dict[str, Any]) -> str:
+    """The flag for the batches that were timed."""
+    timed = sorted({int(batch) for row in found["rows"] for batch in row["times"]})
+    return f" --batches {' '.join(map(str, timed))}" if timed else ""

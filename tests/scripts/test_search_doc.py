@@ -54,8 +54,11 @@ def test_the_share_of_the_excess(tmp_path):
             }
         },
     }
+    below = excess_ratio(row(2.0), row(2.5), row(3.0, se=0.0))
+    found["budgets"]["10"] = found["budgets"]["5"] | {"goal": below}
     (tmp_path / "excess-dit.json").write_text(json.dumps(found))
     text = search_doc.document(tmp_path)
+    assert "| -4.00 ± 0.10 | -1.00 and -0.50 |" in text  # a share of what is not there would say nothing
     assert "| 5 | `unipc` 8.00 ± 0.50 | 4.00 ± 0.50 | -4.00 ± 0.10 | 0.20 ± 0.08 | **0.900 to 0.800 ± 0.010** |" in text
 
 
