@@ -48,7 +48,8 @@ def test_rows_verdicts_and_commands(tmp_path):
     assert "| 1.000 | 1.50 (x: 2) | 2.00 (gate) | 1.00 | 1.33 |" in text
     assert "met at 1 of 1 distances; the median is 1.33, the range 1.33 to 1.33." in text
     assert "met at 0 of 1 distances; the median is 1.00, the range 1.00 to 1.00." in text
-    assert "bench.caches --pipe demo:fashion-dit --work work/dit --n 256 --repeats 7 --batches 1 --out docs/results" in text
+    command = "bench.caches --pipe demo:fashion-dit --work work/dit --n 256 --repeats 7 --batches 1 --out docs/results"
+    assert command in text
 
 
 def test_shares_of_wide_networks(tmp_path):
