@@ -81,11 +81,12 @@ def test_workers_share_a_space_to_its_last_plan(tmp_path):
 
 def test_a_worker_goes_on_when_the_other_is_killed(tmp_path):
     log = tmp_path / "log"
-    slow = start_worker(setting_of(tmp_path, 12), WIDE, Measure(log, 60.0), tpe)
+    setting = setting_of(tmp_path, 12, grace_s=300)  # however long twelve trials take on a busy machine
+    slow = start_worker(setting, WIDE, Measure(log, 60.0), tpe)
     while not log.exists():
         time.sleep(0.02)
     os.kill(slow.pid, signal.SIGSTOP)  # neither dead nor at work
-    other = start_worker(setting_of(tmp_path, 12), WIDE, Measure(log), tpe)
+    other = start_worker(setting, WIDE, Measure(log), tpe)
     while len(measured(log)) < 12:
         time.sleep(0.02)
     other.join(1.0)
@@ -95,7 +96,7 @@ def test_a_worker_goes_on_when_the_other_is_killed(tmp_path):
     slow.join()
     other.join(20)
     assert other.exitcode == 0
-    study = run_study(setting_of(tmp_path, 12), WIDE, Measure(log), tpe)
+    study = run_study(setting, WIDE, Measure(log), tpe)
     assert len(measured(log)) == 13
     assert len(finished_trials(study)) == 12
     assert [trial.state for trial in study.trials].count(TrialState.FAIL) == 1
