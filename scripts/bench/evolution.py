@@ -2,10 +2,11 @@
 
 ``python -m fewstep.scripts.bench.evolution --pipe demo:fashion-dit --steps 5 --work DIR --out evolution.json``
 
-Each preset of ``fewstep search plan`` is run with its own number of trials, or ``--trials``, on the same samples. The
-plans found are then compared on seeds that no search saw, by their Fréchet distance to Fashion-MNIST's 10,000 test
-images. Rows are those that went through the network, a guided step counted twice; those of a trial are the images that
-it was measured on times its rows an image. The same ``--work`` goes on where it stopped.
+Searches are ``fewstep search plan`` with the preset ``autodiffusion``, with ``fast``, and with ``fast`` on the grid
+alone, which is all that the evolution varies. Each has its preset's number of trials, or ``--trials``, on the same
+samples. The plans found are compared on seeds that no search saw, by their Fréchet distance to Fashion-MNIST's 10,000
+test images. Rows are those that went through the network, a guided step counted twice; those of a trial are the images
+that it was measured on times its rows an image. The same ``--work`` goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,35 +27,41 @@ from ..search_options import PlanOptions
 from ..search_setting import Setting
 from .judge import Judge, compared
 
-BASELINE, OURS = "autodiffusion", "fast"
+BASELINE = "autodiffusion"
+OURS = ("fast", "fast-grid")
+PRESETS = {BASELINE: ("autodiffusion", None), "fast": ("fast", None), "fast-grid": ("fast", "grid")}
+"Of each search, by its name: the preset, and the space where that is not the preset's own."
+
 FRESH_SEED = 5_000_000
 
 
-def searched(pipe: str, preset: str, steps: int, work: Path, n: int, trials: int | None, seed: int) -> Found:
-    """What a preset finds; its plan is ``plan.json`` in the folder of the search.
+def searched(name: str, pipe: str, steps: int, work: Path, n: int, trials: int | None, seed: int) -> Path:
+    """Searches, and returns the folder with ``found.json`` and ``plan.json``.
 
     Args:
+        name: of `PRESETS`.
         pipe: a demo such as ``demo:fashion-dit``.
-        preset: of ``fewstep search plan``.
         steps: of the plan.
         work: the folder of the search is in it.
         n: samples that decide between candidates; twice as many fresh ones between the best of them.
         trials: distinct plans to measure; None for the preset's own number.
         seed: of the proposals.
     """
-    folder = work / f"{preset}-{steps}-{seed}"
+    folder = work / f"{name}-{steps}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    preset, space = PRESETS[name]
     options = PlanOptions(
         pipe=pipe,
         out=folder / "plan.json",
         study=folder,
         steps=steps,
-        preset=preset,
         n=n,
         trials=trials,
         search_seed=seed,
         fresh_n=2 * n,
         device="cpu",
+        preset=preset,
+        space=space,
     )
 
     def progress(done: int, total: int, note: str) -> None:
@@ -63,7 +70,7 @@ def searched(pipe: str, preset: str, steps: int, work: Path, n: int, trials: int
 
     setting = Setting.of(options, f"python -m fewstep.scripts.bench.evolution --pipe {pipe} --steps {steps}")
     search_for_plan(setting, options, progress).save(options.out)
-    return Found.load(folder / "found.json")
+    return folder
 
 
 def trajectory(found: Found) -> Iterator[tuple[int, float]]:
@@ -123,21 +130,22 @@ def main() -> None:
     judge = Judge(options.pipe, options.work / "judge", options.fresh_n, FRESH_SEED, stats=test)
     result: dict[str, Any] = {"pipe": options.pipe, "n": options.n, "fresh_n": options.fresh_n, "steps": {}}
     for steps in options.steps:
-        found = {
-            preset: searched(options.pipe, preset, steps, options.work, options.n, options.trials, options.search_seed)
-            for preset in (BASELINE, OURS)
-        }
-        fresh = {
-            preset: judge.row(options.work / f"{preset}-{steps}-{options.search_seed}" / "plan.json")
-            for preset in found
-        }
-        *_, (_, reached) = trajectory(found[BASELINE])
-        result["steps"][steps] = {
-            BASELINE: entry(found[BASELINE]) | {"fresh": compared(fresh[BASELINE])},
-            OURS: entry(found[OURS]) | {"fresh": compared(fresh[OURS], fresh[BASELINE])},
-            "share_of_rows": found[OURS].spent / found[BASELINE].spent,
-            "rows_to_reach_baseline": rows_to_reach(found[OURS], reached),
-        }
+
+        def outcome(name: str, steps: int = steps) -> tuple[Found, dict[str, Any]]:
+            folder = searched(name, options.pipe, steps, options.work, options.n, options.trials, options.search_seed)
+            return Found.load(folder / "found.json"), judge.row(folder / "plan.json")
+
+        base, base_row = outcome(BASELINE)
+        *_, (_, reached) = trajectory(base)
+        entries = {BASELINE: entry(base) | {"fresh": compared(base_row)}}
+        for name in OURS:
+            found, row = outcome(name)
+            entries[name] = entry(found) | {
+                "fresh": compared(row, base_row),
+                "share_of_rows": found.spent / base.spent,
+                "rows_to_reach_baseline": rows_to_reach(found, reached),
+            }
+        result["steps"][steps] = entries
         write_json(options.out, result)
 
 

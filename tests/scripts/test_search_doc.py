@@ -1,6 +1,7 @@
 """docs/search.md says what docs/results holds, and the benchmarks behind it compute what they say."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from fewstep.eval.assets import load_pipeline, plan_folder
 from fewstep.samplers import InputError, Plan, attach
 from fewstep.scripts import search_doc
-from fewstep.scripts.bench.excess import baselines, excess_ratio
+from fewstep.scripts.bench.excess import baselines, converged_plan, earlier, excess_ratio, save
 from fewstep.scripts.bench.transfer import with_scale, with_steps
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +35,11 @@ def test_what_was_not_measured_is_said(tmp_path):
 
 def test_the_share_of_the_excess(tmp_path):
     """A plan at 4 beside a baseline at 8, over a teacher at 3: a fifth."""
-    goal = excess_ratio(row(4.0), row(8.0), row(3.0, se=0.0))
+    goal = excess_ratio(row(4.0) | {"difference": [-4.0, 0.1]}, row(8.0), row(3.0, se=0.0))
     assert goal["excess"] == 1.0
     assert goal["baseline_excess"] == 5.0
     assert goal["ratio"] == pytest.approx(0.2)
-    assert goal["se"] == pytest.approx(0.8 * 0.5 / 5.0)
+    assert goal["se"] == pytest.approx(math.hypot(0.1, 0.8 * 0.5) / 5.0)
     found = {
         "pipe": DIT,
         "n": 1000,
@@ -54,12 +55,55 @@ def test_the_share_of_the_excess(tmp_path):
             }
         },
     }
-    below = excess_ratio(row(2.0), row(2.5), row(3.0, se=0.0))
+    below = excess_ratio(row(2.0) | {"difference": [-0.5, 0.1]}, row(2.5), row(3.0, se=0.0))
     found["budgets"]["10"] = found["budgets"]["5"] | {"goal": below}
     (tmp_path / "excess-dit.json").write_text(json.dumps(found))
     text = search_doc.document(tmp_path)
     assert "| -4.00 ± 0.10 | -1.00 and -0.50 |" in text  # a share of what is not there would say nothing
     assert "| 5 | `unipc` 8.00 ± 0.50 | 4.00 ± 0.50 | -4.00 ± 0.10 | 0.20 ± 0.08 | **0.900 to 0.800 ± 0.010** |" in text
+
+
+def test_results_are_added_to_and_shares_follow_the_best_converged_row(tmp_path):
+    out, said = tmp_path / "excess.json", {"pipe": DIT, "n": 1000, "seed": 1}
+    budget = {"baseline": "unipc", "baselines": {"unipc": row(8.0)}, "plan": row(4.0) | {"difference": [-4.0, 0.1]}}
+    result = said | {"converged": {"rows": {"ddpm": row(3.0)}}, "budgets": {"10": budget, "5": dict(budget)}}
+    save(out, result)
+    assert earlier(out, said | {"n": 500}) == {}
+    kept = earlier(out, said)
+    assert list(kept["budgets"]) == ["5", "10"]
+    assert kept["budgets"]["5"]["goal"]["ratio"] == pytest.approx(0.2)
+    kept["converged"]["rows"]["ddpm:karras"] = row(2.0)
+    save(out, kept)
+    again = earlier(out, said)
+    assert again["converged"]["best"] == "ddpm:karras"
+    assert [entry["goal"]["ratio"] for entry in again["budgets"].values()] == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_a_converged_scheduler_is_named_with_its_spacing():
+    assert converged_plan(DIT, "unipc")["grid"] == {"type": "spacing", "steps": 100, "spacing": "trailing"}
+    assert converged_plan(DIT, "unipc:karras")["solver"]["config"] == {"use_karras_sigmas": True}
+    with pytest.raises(InputError, match="got ddpm:karras; its spacings are leading, linspace, trailing"):
+        converged_plan(DIT, "ddpm:karras")
+    with pytest.raises(InputError, match="got plms; schedulers are ddim, ddpm"):
+        converged_plan(DIT, "plms")
+
+
+def test_evolution_is_compared_with(tmp_path):
+    def entry(fd, **said):
+        return {
+            "trials": {"complete": 7, "pruned": 1},
+            "rows": 4000,
+            "fresh": row(fd) | {"difference": [-1, 0.2]},
+        } | said
+
+    fast = entry(5.0, share_of_rows=0.1, rows_to_reach_baseline=300)
+    grid = entry(5.0, share_of_rows=0.05, rows_to_reach_baseline=None)
+    found = {"n": 256, "steps": {"5": {"autodiffusion": entry(6.0), "fast": fast, "fast-grid": grid}}}
+    (tmp_path / "evolution-dit.json").write_text(json.dumps(found))
+    text = search_doc.document(tmp_path)
+    assert "| 5 | `autodiffusion` | 7 complete, 1 pruned | 4,000 | 6.00 ± 0.50 |  |  |  |" in text
+    assert "| 4,000 | 5.00 ± 0.50 | -1.00 ± 0.20 | 10.0 % | 300 |" in text
+    assert "| 5.0 % | never |" in text
 
 
 def test_baselines_are_the_least_distances_of_a_budget():
