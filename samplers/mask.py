@@ -254,9 +254,14 @@ class MaskHook(FeatureHook):
             return self.answer(passing, forecast(kept, step))
         output = passing.run()
         if self._wanted(computes, step):
-            older = [value for value in kept or () if value[0] != step]
-            self.memory.keep(place, ((step, self.feature(passing, output)), *older[: self.order]), evaluation)
+            self._keep(place, self.feature(passing, output), evaluation)
         return output
+
+    def _keep(self, place: str, value: Any, evaluation: Evaluation) -> None:
+        """Puts what a step computed before what the steps that computed last did."""
+        step = evaluation.index
+        older = [kept for kept in self.memory.recall(place, evaluation) or () if kept[0] != step]
+        self.memory.keep(place, ((step, value), *older[: self.order]), evaluation)
 
     def _wanted(self, computes: Sequence[bool], step: int) -> bool:
         """Whether a value of ``step`` is among those that a later step is answered from."""

@@ -49,14 +49,20 @@ class StackMaskHook(MaskHook):
 
         def run(evaluation: Evaluation) -> Any:
             present = self._present(evaluation)
-            wanted = present is None and self._wanted(self.table, evaluation.index)
-            added = Memory() if present is None else present
-            picks = None if present is None else torch.empty(0, dtype=torch.int64)
-            self._way = StackPass(added, self.layouts, evaluation, picks) if present is not None or wanted else None
+            if present is not None:
+                self._way = StackPass(present, self.layouts, evaluation, torch.empty(0, dtype=torch.int64))
+                return proceed(evaluation)
+            self._way = None
+            if not self._wanted(self.table, evaluation.index):
+                return proceed(evaluation)
+            added = Memory()
+            self._way = way = StackPass(added, self.layouts, evaluation, None)
             output = proceed(evaluation)
-            if wanted and self._way is not None:
-                self._way.finish()
-                self._keep(added, evaluation)
+            way.finish()
+            for name in self.layouts.starts_of(evaluation):
+                value = added.recall(name, evaluation)
+                if value is not None:
+                    self._keep(self._place(name), value, evaluation)
             return output
 
         return super().evaluate(evaluation, run)
@@ -71,7 +77,8 @@ class StackMaskHook(MaskHook):
         """What each segment of the stack adds in this step; None where it computes, or something is not kept."""
         if self.table[evaluation.index]:
             return None
-        kept = {name: self._kept(name, evaluation) for name in self.layouts.starts_of(evaluation)}
+        names = self.layouts.starts_of(evaluation)
+        kept = {name: self.memory.recall(self._place(name), evaluation) for name in names}
         if not kept or not all(kept.values()):
             return None
         present = Memory()
@@ -79,14 +86,5 @@ class StackMaskHook(MaskHook):
             present.keep(name, forecast(values, evaluation.index), evaluation)
         return present
 
-    def _keep(self, added: Memory, evaluation: Evaluation) -> None:
-        """Puts what the segments added before what they added in the steps that computed last."""
-        step = evaluation.index
-        for name in self.layouts.starts_of(evaluation):
-            value = added.recall(name, evaluation)
-            if value is not None:
-                older = [kept for kept in self._kept(name, evaluation) or () if kept[0] != step]
-                self.memory.keep(f"{name} {self._shapes}", ((step, value), *older[: self.order]), evaluation)
-
-    def _kept(self, name: str, evaluation: Evaluation) -> Any:
-        return self.memory.recall(f"{name} {self._shapes}", evaluation)
+    def _place(self, name: str) -> str:
+        return f"{name} {self._shapes}"
