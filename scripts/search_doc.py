@@ -48,11 +48,12 @@ teacher's were not."""
 FRESH_HEAD = """## At search, and on fresh noise
 
 The leaders of each search, on the samples that they were chosen on and on fresh ones; the plan found is the best on the
-fresh ones. On `fashion-unet` a distance of 512 images has an error of 2.9, so a search on them chooses noise too: in
-ten steps it found 11.9 at search, 14.7 ± 1.3 on fresh noise, and on 1,024 further seeds 16.1 ± 1.3 where UniPC with
-Karras' sigmas has 12.4 ± 1.2. No ten-step plan ships for it.
+fresh ones. On `fashion-unet` a distance of 512 images has an error of 2.9, so a search on them chooses noise too: over
+the grid of ten steps it found 11.9 at search, 14.7 ± 1.3 on fresh noise, and on 1,024 further seeds 16.1 ± 1.3 where
+UniPC with Karras' sigmas has 12.4 ± 1.2. So its plans of eight and ten steps keep Karras' grid, and only epsilon
+scaling and the start were searched, on 1,024 images.
 
-Nor does one that was found by the distance to the teacher's own samples, which has little noise: 64 images a candidate
+No plan ships that was found by the distance to the teacher's own samples, which has little noise: 64 images a candidate
 (`--objective feature_distance --n 64`) halve it within a hundred trials, from 3.94 to 2.15 on 256 fresh images where
 UniPC's 40 steps are the teacher. But the nearer to the teacher, the farther from real images: the plan's Fréchet
 distance is 2.7 ± 0.5 above that of Karras' ten steps (2,560 images), which are nearer to the test images than any of
