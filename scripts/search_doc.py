@@ -11,6 +11,7 @@ from ..eval.assets import plan_folder
 from ..samplers import Plan
 from ..samplers.files import read_json
 from . import markdown
+from .bench.solvers import SIGMAS
 
 Found = Mapping[str, Any]
 "What a benchmark wrote."
@@ -72,6 +73,14 @@ evaluations of the network, a guided step counted twice, all that a search needs
 until as good are those of trials, until one had at search what the best of the evolution had there."""
 
 
+COMMANDS_HEAD = """## Commands
+
+`unet-base.json` has nothing but the start `analytic-init` that ships beside the plans; `karras-N.json` is UniPC with
+Karras' sigmas in N steps, and `karras-init-N.json` the same from that start. `dit-from-*.json` are the found plans of
+five and ten steps in eight, their log-SNR interpolated as under "In other settings", and `best-*.json` the baseline of
+five steps."""
+
+
 def document(results: Path) -> str:
     """The text of docs/search.md.
 
@@ -83,10 +92,11 @@ def document(results: Path) -> str:
     excesses = {demo: _read(results, f"excess-{_short(demo)}") for demo in DEMOS}
     sections += [_titled(demo, found, _goals) for demo, found in excesses.items()]
     sections += [FRESH_HEAD, *(_fresh(demo, searches.get(demo, {})) for demo in DEMOS if searches)]
-    sections += [TRANSFER_HEAD, *(_titled(d, _read(results, f"transfer-{_short(d)}"), _transfer) for d in DEMOS)]
+    transfers = {demo: _read(results, f"transfer-{_short(demo)}") for demo in DEMOS}
+    sections += [TRANSFER_HEAD, *(_titled(demo, found, _transfer) for demo, found in transfers.items())]
     evolution = _read(results, "evolution-dit")
     sections += [EVOLUTION_HEAD, _evolution(evolution) if evolution else "Not measured."]
-    sections += ["## Commands", _commands(searches, excesses)]
+    sections += [COMMANDS_HEAD, _commands(searches, excesses, transfers, evolution)]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
@@ -124,7 +134,11 @@ def _solver(plan: Plan) -> str:
 
 def _times(plan: Plan) -> str:
     times = getattr(plan.grid, "timesteps", None)
-    return ", ".join(f"{time:g}" for time in times) if times else str(getattr(plan.grid, "spacing", ""))
+    if times:
+        return ", ".join(f"{time:g}" for time in times)
+    config = getattr(plan.solver, "config", {})
+    named = [sigmas.split("_")[1] for sigmas in SIGMAS if config.get(sigmas)]
+    return " ".join(named or [str(getattr(plan.grid, "spacing", ""))])
 
 
 def _others(plan: Plan) -> str:
@@ -140,7 +154,7 @@ def _others(plan: Plan) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.4g}"
     return " ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -258,16 +272,45 @@ def _evolution(found: Found) -> str:
     return f"Candidates on {found['n']:,} images.\n\n{markdown.table(head, rows)}"
 
 
-def _commands(searches: Found, excesses: Mapping[str, Found]) -> str:
+def _commands(searches: Found, excesses: Mapping[str, Found], transfers: Mapping[str, Found], evolution: Found) -> str:
     lines = [found["command"] for demo in DEMOS for found in searches.get(demo, {}).values()]
-    for demo, found in excesses.items():
-        if not found:
-            continue
-        reached = found["converged"]["rows"]
-        size, short = next(iter(reached.values()))["n"], _short(demo)
+    lines += [line for demo, found in excesses.items() if found for line in _excess_commands(demo, found)]
+    lines += [_transfer_command(demo, found) for demo, found in transfers.items() if found]
+    if evolution:
         lines.append(
-            f"python -m fewstep.scripts.bench.excess --pipe demo:{demo} --solvers docs/results/solvers-{short}.json "
-            f"--work work/{short} --n {found['n']} --converged {' '.join(reached)} --converged_n {size} "
-            f"--budgets {' '.join(found['budgets'])} --out docs/results/excess-{short}.json"
+            f"python -m fewstep.scripts.bench.evolution --pipe {evolution['pipe']} "
+            f"--steps {' '.join(evolution['steps'])} --n {evolution['n']} "
+            f"--fresh_n {evolution['fresh_n']} --work work/evolution --out docs/results/evolution-dit.json"
         )
     return "```bash\n" + "\n".join(lines) + "\n```"
+
+
+def _transfer_command(demo: str, found: Found) -> str:
+    scales = [name.removeprefix("guidance ") for name in found["settings"] if name.startswith("guidance ")]
+    steps = [name.removesuffix(" steps") for name in found["settings"] if name.endswith(" steps")]
+    short = _short(demo)
+    return " ".join(
+        [
+            f"python -m fewstep.scripts.bench.transfer --pipe demo:{demo} --plan eval/demo/plans/{demo}/5-step.json",
+            f"--against best-{short}.json --work work/{short} --n {found['n']}",
+            *["--scales", *scales, "--steps", *steps],
+            f"--out docs/results/transfer-{short}.json",
+        ]
+    )
+
+
+def _excess_commands(demo: str, found: Found) -> list[str]:
+    """One command for each number of baselines; the converged schedulers are in the first."""
+    reached, short = found["converged"]["rows"], _short(demo)
+    converged = f"{' '.join(reached)} --converged_n {next(iter(reached.values()))['n']}"
+    budgets: dict[int, list[str]] = {}
+    for budget, entry in found["budgets"].items():
+        budgets.setdefault(len(entry["baselines"]), []).append(budget)
+    lines: list[str] = []
+    for top, listed in sorted(budgets.items(), reverse=True):
+        lines.append(
+            f"python -m fewstep.scripts.bench.excess --pipe demo:{demo} --solvers docs/results/solvers-{short}.json "
+            f"--work work/{short} --n {found['n']} --top {top} --converged {converged if not lines else ''} "
+            f"--budgets {' '.join(listed)} --out docs/results/excess-{short}.json".replace("  ", " ")
+        )
+    return lines

@@ -98,12 +98,34 @@ def test_evolution_is_compared_with(tmp_path):
 
     fast = entry(5.0, share_of_rows=0.1, rows_to_reach_baseline=300)
     grid = entry(5.0, share_of_rows=0.05, rows_to_reach_baseline=None)
-    found = {"n": 256, "steps": {"5": {"autodiffusion": entry(6.0), "fast": fast, "fast-grid": grid}}}
+    found = {
+        "pipe": DIT,
+        "n": 256,
+        "fresh_n": 10_000,
+        "steps": {"5": {"autodiffusion": entry(6.0), "fast": fast, "fast-grid": grid}},
+    }
     (tmp_path / "evolution-dit.json").write_text(json.dumps(found))
     text = search_doc.document(tmp_path)
     assert "| 5 | `autodiffusion` | 7 complete, 1 pruned | 4,000 | 6.00 ± 0.50 |  |  |  |" in text
     assert "| 4,000 | 5.00 ± 0.50 | -1.00 ± 0.20 | 10.0 % | 300 |" in text
     assert "| 5.0 % | never |" in text
+    assert "bench.evolution --pipe demo:fashion-dit --steps 5 --n 256 --fresh_n 10000 --work" in text
+
+
+def test_commands_say_which_baselines_and_settings(tmp_path):
+    def budget(*names):
+        return {"baseline": names[0], "baselines": {name: row(8.0) for name in names}}
+
+    converged = {"best": "ddpm", "rows": {"ddpm": row(3.0), "unipc:karras": row(4.0)}}
+    budgets = {"4": budget("unipc"), "5": budget("unipc", "deis"), "8": budget("unipc")}
+    (tmp_path / "excess-dit.json").write_text(json.dumps({"n": 1000, "converged": converged, "budgets": budgets}))
+    setting = {"plan": row(4.0) | {"difference": [-1.0, 0.1]}, "against": row(5.0)}
+    settings = {"guidance 1.25": setting, "guidance 2": setting, "4 steps": setting}
+    (tmp_path / "transfer-dit.json").write_text(json.dumps({"n": 1280, "settings": settings}))
+    text = search_doc.document(tmp_path)
+    assert "--top 2 --converged ddpm unipc:karras --converged_n 1000 --budgets 5 --out" in text
+    assert "--top 1 --converged --budgets 4 8 --out" in text
+    assert "--n 1280 --scales 1.25 2 --steps 4 --out docs/results/transfer-dit.json" in text
 
 
 def test_baselines_are_the_least_distances_of_a_budget():
