@@ -69,8 +69,10 @@ EVOLUTION_HEAD = """## Beside AutoDiffusion's evolution
 
 The presets `autodiffusion` (arXiv:2309.10438: evolution over the steps of the pipeline's own DDIM) and `fast` on
 `fashion-dit`, in one run on the same samples; `fast-grid` is `fast` over the steps alone, as the evolution is. Rows are
-evaluations of the network, a guided step counted twice, all that a search needs besides its trials included; rows
-until as good are those of trials, until one had at search what the best of the evolution had there."""
+evaluations of the network, a guided step counted twice, those included that suggest grids and that measure the best and
+the baselines on fresh noise. Rows until as good are those of trials, until one had at search what the best of the
+evolution had there. Over the steps alone both end at the same distance; what is gained beyond it is the solver's, the
+guidance's and the correction's, and the first of the grids that `fast` begins with was past it already."""
 
 
 COMMANDS_HEAD = """## Commands
