@@ -63,7 +63,8 @@ its schedulers at 100 steps."""
 TRANSFER_HEAD = """## In other settings
 
 The five-step plan at other guidance scales and in other numbers of steps (its log-SNR interpolated), beside diffusers'
-best five-step scheduler changed in the same way, on the same seeds."""
+best five-step scheduler changed in the same way, on the same seeds. A plan keeps its lead at guidance near its own and
+within a step or two of its number; farther off, and without guidance, it is no better and then worse: search again."""
 
 EVOLUTION_HEAD = """## Beside AutoDiffusion's evolution
 
