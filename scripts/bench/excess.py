@@ -71,9 +71,18 @@ def excess_ratio(plan: dict[str, Any], base: dict[str, Any], converged: dict[str
 
 
 def earlier(out: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """What a file of results has, if it is there and was made with the same settings; else nothing."""
-    found = dict(read_json(out)) if out.is_file() else {}
-    return found if {key: found.get(key) for key in said} == said else {}
+    """What a file of results has, nothing where there is none.
+
+    Raises:
+        InputError: when it was made with other settings.
+    """
+    if not out.is_file():
+        return {}
+    found = dict(read_json(out))
+    other = {key: found.get(key) for key in said if found.get(key) != said[key]}
+    if other:
+        raise InputError(f"{out} has results of other settings ({other}); give another --out, or these settings")
+    return found
 
 
 def save(out: Path, result: dict[str, Any]) -> None:
@@ -111,6 +120,8 @@ def main() -> None:
     anchor = Judge(options.pipe, options.work, options.converged_n, options.seed, stats=test)
     said = {"pipe": options.pipe, "n": options.n, "seed": options.seed}
     result = earlier(options.out, said) or said | {"converged": {"rows": {}}, "budgets": {}}
+    if not (options.converged or result["converged"]["rows"]):
+        raise InputError(f"--converged is empty, and {options.out} has no converged rows; name a scheduler")
     for name in options.converged:
         result["converged"]["rows"][name] = compared(anchor.row(converged_plan(options.pipe, name)))
         save(options.out, result)

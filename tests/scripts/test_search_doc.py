@@ -66,9 +66,11 @@ def test_the_share_of_the_excess(tmp_path):
 def test_results_are_added_to_and_shares_follow_the_best_converged_row(tmp_path):
     out, said = tmp_path / "excess.json", {"pipe": DIT, "n": 1000, "seed": 1}
     budget = {"baseline": "unipc", "baselines": {"unipc": row(8.0)}, "plan": row(4.0) | {"difference": [-4.0, 0.1]}}
+    assert earlier(out, said) == {}
     result = said | {"converged": {"rows": {"ddpm": row(3.0)}}, "budgets": {"10": budget, "5": dict(budget)}}
     save(out, result)
-    assert earlier(out, said | {"n": 500}) == {}
+    with pytest.raises(InputError, match=r"has results of other settings \(\{'n': 1000\}\); give another --out"):
+        earlier(out, said | {"n": 500})
     kept = earlier(out, said)
     assert list(kept["budgets"]) == ["5", "10"]
     assert kept["budgets"]["5"]["goal"]["ratio"] == pytest.approx(0.2)
