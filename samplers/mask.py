@@ -254,13 +254,13 @@ class MaskHook(FeatureHook):
             return self.answer(passing, forecast(kept, step))
         output = passing.run()
         if self._wanted(computes, step):
-            self._keep(place, self.feature(passing, output), evaluation)
+            self._keep(place, self.feature(passing, output), kept, evaluation)
         return output
 
-    def _keep(self, place: str, value: Any, evaluation: Evaluation) -> None:
-        """Puts what a step computed before what the steps that computed last did."""
+    def _keep(self, place: str, value: Any, kept: Any, evaluation: Evaluation) -> None:
+        """Puts what a step computed before what is kept of the steps that computed last, None where nothing is."""
         step = evaluation.index
-        older = [kept for kept in self.memory.recall(place, evaluation) or () if kept[0] != step]
+        older = [each for each in kept or () if each[0] != step]
         self.memory.keep(place, ((step, value), *older[: self.order]), evaluation)
 
     def _wanted(self, computes: Sequence[bool], step: int) -> bool:

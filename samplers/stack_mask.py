@@ -62,7 +62,8 @@ class StackMaskHook(MaskHook):
             for name in self.layouts.starts_of(evaluation):
                 value = added.recall(name, evaluation)
                 if value is not None:
-                    self._keep(self._place(name), value, evaluation)
+                    place = self._place(name)
+                    self._keep(place, value, self.memory.recall(place, evaluation), evaluation)
             return output
 
         return super().evaluate(evaluation, run)

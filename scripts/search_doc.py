@@ -64,7 +64,7 @@ TRANSFER_HEAD = """## In other settings
 
 The five-step plan at other guidance scales and in other numbers of steps (its log-SNR interpolated), beside diffusers'
 best five-step scheduler changed in the same way, on the same seeds. A plan keeps its lead at guidance near its own and
-within a step or two of its number; farther off, and without guidance, it is no better and then worse: search again."""
+within a step of its number; farther off, and without guidance, it is no better and then worse: search again."""
 
 EVOLUTION_HEAD = """## Beside AutoDiffusion's evolution
 
@@ -73,7 +73,7 @@ The presets `autodiffusion` (arXiv:2309.10438: evolution over the steps of the p
 evaluations of the network, a guided step counted twice, those included that suggest grids and that measure the best and
 the baselines on fresh noise. Rows until as good are those of trials, until one had at search what the best of the
 evolution had there. Over the steps alone both end at the same distance; what is gained beyond it is the solver's, the
-guidance's and the correction's, and the first of the grids that `fast` begins with was past it already."""
+guidance's and the correction's, and the first plan that `fast` begins with was past it already."""
 
 
 COMMANDS_HEAD = """## Commands
@@ -140,7 +140,7 @@ def _times(plan: Plan) -> str:
     if times:
         return ", ".join(f"{time:g}" for time in times)
     config = getattr(plan.solver, "config", {})
-    named = [sigmas.split("_")[1] for sigmas in SIGMAS if config.get(sigmas)]
+    named = [name for name, option in SIGMAS.items() if config.get(option)]
     return " ".join(named or [str(getattr(plan.grid, "spacing", ""))])
 
 

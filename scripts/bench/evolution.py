@@ -28,7 +28,6 @@ from ..search_setting import Setting
 from .judge import Judge, compared
 
 BASELINE = "autodiffusion"
-OURS = ("fast", "fast-grid")
 PRESETS = {BASELINE: ("autodiffusion", None), "fast": ("fast", None), "fast-grid": ("fast", "grid")}
 "Of each search, by its name: the preset, and the space where that is not the preset's own."
 
@@ -129,6 +128,7 @@ def main() -> None:
     test = DEMO / "fashion-features" / "test.safetensors"
     judge = Judge(options.pipe, options.work / "judge", options.fresh_n, FRESH_SEED, stats=test)
     result: dict[str, Any] = {"pipe": options.pipe, "n": options.n, "fresh_n": options.fresh_n, "steps": {}}
+    ours = [name for name in PRESETS if name != BASELINE]
     for steps in options.steps:
 
         def outcome(name: str, steps: int = steps) -> tuple[Found, dict[str, Any]]:
@@ -138,7 +138,7 @@ def main() -> None:
         base, base_row = outcome(BASELINE)
         *_, (_, reached) = trajectory(base)
         entries = {BASELINE: entry(base) | {"fresh": compared(base_row)}}
-        for name in OURS:
+        for name in ours:
             found, row = outcome(name)
             entries[name] = entry(found) | {
                 "fresh": compared(row, base_row),

@@ -129,7 +129,7 @@ class Case:
     def on(self, **grid: Any) -> dict[str, Any]:
         """The plan on another grid."""
         solver = self.plan["solver"]
-        config = {key: value for key, value in solver["config"].items() if key not in SIGMAS}
+        config = {key: value for key, value in solver["config"].items() if key not in SIGMAS.values()}
         return self.plan | {"solver": solver | {"config": config}, "grid": grid}
 
 

@@ -28,7 +28,8 @@ SCREENED = {4: 5, 5: 5, 6: 5, 8: 10, 10: 10}
 "Which budget's screening decides the spacing of each budget."
 
 SCREEN_SEED = 1_000_000
-SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SIGMAS = {name: f"use_{name}_sigmas" for name in ("karras", "exponential", "beta")}
+"Options of schedulers, by the name of the spacing that they make."
 
 
 def _once(evaluations: int) -> int:
@@ -61,7 +62,7 @@ class Solver:
         """A plan for each of its spacings, by name."""
         rules: dict[str, tuple[str | None, dict[str, Any]]] = {str(name): (name, {}) for name in self.spacings}
         if self.sigmas:
-            rules |= {name.split("_")[1]: (self.spacings[0], {name: True}) for name in SIGMAS}
+            rules |= {name: (self.spacings[0], {option: True}) for name, option in SIGMAS.items()}
         plans = {}
         for name, (spacing, options) in rules.items():
             grid = {"type": "spacing", "steps": self.steps(budget)} | ({"spacing": spacing} if spacing else {})
