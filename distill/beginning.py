@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eval.assets import plan_file
 from ..samplers import LoraWeights, Plan, Run, StudentWeights
 from ..samplers.errors import InputError
 from ..samplers.lora_file import low_rank_shapes, read_lora
@@ -39,7 +40,7 @@ def read_beginning(pipe: Any, path: Path, method: Method, cast: Cast, lora: Lora
     """
     if len(method.students) > 1:
         raise InputError(f"{method.type} trains {len(method.students)} students at once; leave --student out")
-    plan = Plan.load(path)
+    plan = Plan.load(plan_file(path))
     if len(plan.weights) != 1:
         raise InputError(f"--student {path} has {len(plan.weights)} parts of weights; give the plan of one student")
     run, part = Run(pipe, copy.deepcopy(pipe.scheduler), folder=plan.folder), plan.weights[0]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..eval.assets import is_demo, load_pipeline, reference_plan
+from ..eval.assets import is_demo, load_pipeline, plan_file, reference_plan
 from ..eval.conditions import Conditions
 from ..eval.options import pipeline_arguments
 from ..eval.progress import Meter
@@ -110,7 +110,7 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
     bar.doing("loading")
     pipe = load_pipeline(options.pipe, dtype=options.dtype, device=str(accelerator.device), download=options.download)
     network: nn.Module = next(iter(denoisers(pipe).values()))
-    teacher = Plan.load(options.teacher) if options.teacher else reference_plan(options.pipe, TEACHER_STEPS)
+    teacher = Plan.load(plan_file(options.teacher)) if options.teacher else reference_plan(options.pipe, TEACHER_STEPS)
     arguments = pipeline_arguments(pipe, options.call_kwargs)
     guided = guiding(pipe, network, method, teacher, arguments)
     conditions = shown_conditions(options, pipe, images)
@@ -132,7 +132,7 @@ def prepare(method: Method, options: DistillOptions, bar: Meter, accelerator: Ac
         pass  # refuses a plan that cannot run on this pipeline
     refuse_unseen_guidance(encoder.layout, guided, method)
     values = conditions.values if images is None else ()
-    source = make_source(images, values, options, encoder, teacher, accelerator, _told(bar))
+    source = make_source(images, values, method, options, encoder, teacher, accelerator, _told(bar))
     team = team_of(cast, process, guided.scale, options.seed, sharing)
     if beginning is not None:
         begin(team, beginning)

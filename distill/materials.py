@@ -53,7 +53,8 @@ def data_in_words(method: Method, options: DistillOptions) -> str:
     if options.dataset_name is not None:
         return f"the data set {options.dataset_name}"
     if options.teacher_samples is not None:
-        return f"{options.teacher_samples:,} samples of the teacher"
+        by = f" by the plan {options.teacher.stem}" if options.teacher else ""
+        return f"{options.teacher_samples:,} samples of the teacher{by}"
     return "no data but the conditions of the samples"
 
 
@@ -73,6 +74,7 @@ def open_data(options: DistillOptions) -> Images | None:
 def make_source(
     images: Images | None,
     values: Sequence[Value],
+    method: Method,
     options: DistillOptions,
     encoder: Encoder,
     teacher: Plan,
@@ -84,6 +86,7 @@ def make_source(
     Args:
         images: of `open_data`.
         values: prompts or labels of a run without images.
+        method: that is trained.
         options: of the run.
         encoder: of the pipeline.
         teacher: how the teacher samples.
@@ -106,7 +109,8 @@ def make_source(
     pairs = None
     if options.teacher_samples is not None:
         count = min(batch, options.teacher_samples) if options.dry_run else options.teacher_samples
-        pairs = Pairs(encoder, teacher, values, options.cache / "samples", count, SEED + options.seed)
+        coupled, folder = method.needs == "pairs", options.cache / "samples"
+        pairs = Pairs(encoder, teacher, values, folder, count, SEED + options.seed, coupled=coupled)
     if encoder.kind != "none":
         encoder.make(values, options.encode_batch_size, *ranks, tell("encoding conditions", len(set(values))))
     if pairs is not None:

@@ -25,7 +25,9 @@ class DistillOptions(LoopOptions):
     max_train_steps: int = Field(default=1000, gt=0, description="Updates of the student.")
 
     teacher: Path | None = Field(
-        default=None, description="Plan by which the teacher samples; its guidance is learned. Default: the demo's own."
+        default=None,
+        description="Plan by which the teacher samples, a file or the name of one that ships; its guidance is learned. "
+        "Default: the demo's own.",
     )
     student: Path | None = Field(
         default=None, description="Plan of a student with whose weights this one begins; default: the teacher's."

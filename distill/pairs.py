@@ -22,16 +22,21 @@ from ..samplers.files import write_tensors
 from ..samplers.fingerprint import fingerprint
 from ..samplers.network import denoisers
 from ..samplers.recording import record
+from ..samplers.start import unit_noise
 from .encoder import Encoder, Value
 from .export import call_arguments
 from .open_files import OPEN, undamaged
+from .rollout import started
 
 SHARD = 256
 "Pairs in a file."
 
 
 class Pair(NamedTuple):
-    """Some pairs, float32 (B, ...): the state that the teacher began with, and the clean samples that it reached."""
+    """Some pairs, float32 (B, ...): what a student begins with, and the clean samples that a teacher made of it.
+
+    The teacher's plan may begin later, or from something else that follows from the noise.
+    """
 
     start: Tensor
     x0: Tensor
@@ -49,22 +54,28 @@ class Pairs:
         folder: of the files.
         count: number of pairs.
         seed: of the first one.
+        coupled: whether samples must follow from their noise; not where they are wanted as data alone.
 
     Raises:
-        InputError: when the plan has a start part, whose samples begin from something else than noise, or the pipeline
-            does not take values of this sort.
+        InputError: when the pipeline does not take values of this sort.
     """
 
     def __init__(
-        self, encoder: Encoder, plan: Plan, values: Sequence[Value], folder: Path, count: int, seed: int = 0
+        self,
+        encoder: Encoder,
+        plan: Plan,
+        values: Sequence[Value],
+        folder: Path,
+        count: int,
+        seed: int = 0,
+        *,
+        coupled: bool = True,
     ) -> None:
-        if plan.start is not None:
-            raise InputError(f"pairs begin from the pipeline's noise; remove the plan's start part {plan.start.type!r}")
         if count < 1 or not values:
             raise InputError(f"got {count} pairs of {len(values)} prompts or labels; give at least one of each")
         encoder.check(values)
         self.encoder, self.plan, self.values, self.folder = encoder, plan, tuple(values), folder
-        self.count, self.seed = count, seed
+        self.count, self.seed, self.coupled = count, seed, coupled
         self._made_by = self._config()
         self._open = lru_cache(OPEN)(self._read)  # a batch takes its rows from many files
 
@@ -97,7 +108,8 @@ class Pairs:
             progress: called with the number of pairs after each call.
 
         Raises:
-            InputError: as `fewstep.samplers.attach`, when a sample is NaN, or a file cannot be written.
+            InputError: as `fewstep.samplers.attach`, when a sample is NaN, or does not follow from its noise where it
+                must, or a file cannot be written.
         """
         for shard in range(-(-self.count // SHARD))[rank::world]:
             items = range(shard * SHARD, min(self.count, (shard + 1) * SHARD))
@@ -122,10 +134,16 @@ class Pairs:
         return Pair(torch.stack([row.start for row in rows]), torch.stack([row.x0 for row in rows]))
 
     def _sample(self, items: Sequence[int]) -> Pair:
-        watch = _Ends()
         arguments = call_arguments(self.plan, self.encoder.arguments([self.value(item) for item in items]))
         generators = [torch.Generator("cpu").manual_seed(self.seed + item) for item in items]
-        record(self.encoder.pipe, self.plan, arguments | {"generator": generators, "output_type": "np"}, watch)
+        watch = _Ends(generators)
+        arguments |= {"generator": generators, "output_type": "np"}
+        record(self.encoder.pipe, self.plan, arguments, watch, with_start=True)
+        if self.coupled and watch.drew_noise():
+            raise InputError(
+                f"the teacher draws noise in its steps ({watch.solver}): its samples do not follow from the noise that "
+                "they began with; give --teacher a plan of a deterministic solver"
+            )
         ends = Pair(*(rows[: len(items)].float().cpu() for rows in (watch.start, watch.end)))
         if not ends.x0.isfinite().all():
             raise InputError(f"the teacher makes NaN or infinity of one of the seeds from {self.seed + items[0]} on")
@@ -167,20 +185,39 @@ class Pairs:
             self.encoder.kind,
             self.values,
             self.seed,
+            *([] if self.coupled else ["uncoupled"]),
         ]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 class _Ends(CallHook):
-    """Keeps the state before the first step, and after the last."""
+    """Keeps the pipeline's noise, and the state after the last step.
+
+    Args:
+        generators: of the call.
+    """
 
     start: Tensor
     end: Tensor
+    solver: str
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+        self.states: list[Tensor] = []
 
     def before_step(self, step: Step) -> None:
-        if not hasattr(self, "start"):
-            self.start = step.x.clone()
+        if not self.states:
+            self.start = started(step.process, step.x / unit_noise(step.scheduler, step.process, step.time))
+            self.solver = type(step.scheduler).__name__
+            self.states = self._states()
 
     def after_step(self, step: Step) -> None:
         assert step.x_next is not None
         self.end = step.x_next
+
+    def drew_noise(self) -> bool:
+        """Whether a step did."""
+        return not all(map(torch.equal, self.states, self._states()))
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]

@@ -80,7 +80,11 @@ def start(process: Process, condition: Condition, moment: Moment) -> Tensor:
         condition: of the samples.
         moment: whose draws they are.
     """
-    noise = moment.rows(lambda generator: torch.randn(condition.layout.shape, generator=generator))
+    return started(process, moment.rows(lambda generator: torch.randn(condition.layout.shape, generator=generator)))
+
+
+def started(process: Process, noise: Tensor) -> Tensor:
+    """What pipelines start from when their unit noise is ``noise``, of its shape."""
     return _size(process, process.time_range.noisiest) * noise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -142,6 +142,47 @@ def shipped_plans(spec: str) -> list[Path]:
     """Plan files that ship for a demo pipeline, without the reference; empty for any other pipeline."""
     folder = plan_folder(spec)
     return sorted(p for p in folder.glob("*.json") if p.name != "reference.json") if folder else []
+
+
+def named_plans() -> dict[str, Path]:
+    """Files of all plans that ship for the demo's pipelines, references included, by the name ``DEMO/STEM``."""
+    named: dict[str, Path] = {}
+    for spec in demo_names():
+        folder = DEMO / "plans" / spec.removeprefix(PREFIX)
+        references = [path for path in (folder / "reference.json",) if path.is_file()]
+        named |= {f"{folder.name}/{path.stem}": path for path in (*references, *shipped_plans(spec))}
+    return named
+
+
+def plan_file(name: str | Path) -> Path:
+    """The file of a plan: of one that ships by its name, such as ``fashion-dit/5-step``, else the path itself.
+
+    Raises:
+        InputError: when it is neither, or a folder.
+    """
+    return file_of("plan", name, named_plans())
+
+
+def file_of(what: str, name: str | Path, known: Mapping[str, Path], others: Sequence[str] = ()) -> Path:
+    """The file of a known name, or the path that was given instead.
+
+    Args:
+        what: is looked for, as the error says it.
+        name: the name or the path.
+        known: files by name.
+        others: names to suggest beside these.
+
+    Raises:
+        InputError: when it is neither, or a folder.
+    """
+    path = Path(name)
+    if path.as_posix() in known:
+        return known[path.as_posix()]
+    if path.is_dir():
+        raise InputError(f"{name} is a folder; give a plan file, such as {path / 'plan.json'}")
+    if not path.exists() and path.suffix != ".json":
+        raise unknown_name(what, str(name), [*known, *others])
+    return path
 
 
 def reference_plan(spec: str, steps: int) -> Plan:

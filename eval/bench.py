@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ..samplers import Plan, PlanWarning, attach
 from ..samplers.errors import InputError
-from .assets import load_pipeline, reference_plan, shipped_plans
+from .assets import load_pipeline, plan_file, reference_plan, shipped_plans
 from .baselines import Row, baseline_rows, check_names, control_row, control_steps, plan_rows, reference_row
 from .conditions import Conditions, conditions_for
 from .environment import environment
@@ -81,9 +81,9 @@ def open_bench(options: BenchOptions, state: PartialState, command: str, started
     options.refuse(ANSWERS_ONLY, "a pipeline of images")
     shipped = [(path.stem, Plan.load(path)) for path in shipped_plans(options.pipe)]
     plans = [(name, plan) for name, plan in shipped if plan.nominal_steps in options.steps]
-    plans += [(path.stem, Plan.load(path)) for path in options.plans]
+    plans += [(path.stem, Plan.load(plan_file(path))) for path in options.plans]
     own = reference_plan(options.pipe, options.reference_steps)
-    reference = Plan.load(options.reference) if options.reference else own
+    reference = Plan.load(plan_file(options.reference)) if options.reference else own
     device = options.device if options.device and state.num_processes == 1 else str(state.device)
     pipe = load_pipeline(options.pipe, dtype=options.dtype, device=device, download=options.download)
     rows = (reference_row(reference), *baseline_rows(pipe, reference, options.steps), *plan_rows(plans))

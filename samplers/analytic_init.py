@@ -26,7 +26,7 @@ from .linear import combine
 from .network import Evaluation
 from .part import Part, Run
 from .process import Process
-from .start import STARTS
+from .start import STARTS, unit_noise
 
 RESOURCE = "start_statistics"
 "The name under which statistics are handed to ``attach`` that are not in a file."
@@ -179,7 +179,7 @@ class _Start(CallHook):
         if evaluation.index:
             raise _noises_an_image(type(self.run.pipe).__name__)
         if evaluation.ordinal == 0:
-            self.unit = _unit_noise(self.run.scheduler, self.run.process, evaluation)
+            self.unit = unit_noise(self.run.scheduler, self.run.process, evaluation.time)
         process, shown = self.run.process, evaluation.x
         shape = self.statistics.mean.shape
         wider = [dim for dim in range(1, min(shown.ndim, len(shape) + 1)) if shown.shape[dim] > shape[dim - 1]]
@@ -211,18 +211,3 @@ class _Start(CallHook):
         alpha, sigma = process.alpha(time), process.sigma(time)
         spread = (alpha**2 * self.statistics.variance + sigma**2).sqrt() / self.unit
         return combine(noise, (scale * alpha, mean.to(noise.device).expand_as(noise)), (spread, noise))
-
-
-def _unit_noise(scheduler: Any, process: Process, evaluation: Evaluation) -> float:
-    """What the pipeline's unit noise was multiplied with to stand for x_M = alpha_M x0 + sigma_M eps.
-
-    A pipeline that scales its noise by ``init_noise_sigma`` is in the scheduler's state space; another one shows the
-    network the noise itself. The attached scheduler tells: for the latter it leaves inputs unscaled.
-    """
-    time = evaluation.time
-    if not hasattr(scheduler, "scale_model_input") or not hasattr(type(scheduler), "init_noise_sigma"):
-        return 1.0
-    probe = torch.ones(1, device=evaluation.x.device)
-    if scheduler.scale_model_input(probe, scheduler.timesteps[0]) is probe:
-        return 1 / float(process.input_scale(time))
-    return float(scheduler.init_noise_sigma) / float(process.scheduler_state_scale(time))

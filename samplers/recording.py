@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from pydantic import SerializeAsAny
 from torch import Tensor
 
 from .attach import attach
@@ -18,20 +19,29 @@ class _Recording(Part):
     """Hands the resource ``hook`` to the run. Not registered: it is in no plan that is saved."""
 
     type: Literal["recording"] = "recording"
+    start: SerializeAsAny[Part] | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the start part that runs after the hook."""
+        return () if self.start is None else self.start.files
 
     def prepare(self, run: Run, known_arguments: frozenset[str]) -> None:
         hook = run.resource(self.type, "hook")
         run.hooks.append(lambda: hook)
+        if self.start is not None:
+            self.start.prepare(run, known_arguments)
 
 
-def record(pipe: Any, plan: Plan, arguments: Mapping[str, Any], hook: CallHook) -> Stats:
-    """One call of ``pipe`` by ``plan`` with ``hook`` in the place of its start part.
+def record(pipe: Any, plan: Plan, arguments: Mapping[str, Any], hook: CallHook, *, with_start: bool = False) -> Stats:
+    """One call of ``pipe`` by ``plan`` with ``hook`` before its start part, or in the place of it.
 
     Args:
         pipe: a diffusers pipeline without a plan.
-        plan: how to sample; its start part does not run.
+        plan: how to sample.
         arguments: of the call.
-        hook: sees the call.
+        hook: sees the call; the pipeline's own noise at the first step.
+        with_start: whether the plan's start part runs.
 
     Returns:
         What the call did.
@@ -39,7 +49,8 @@ def record(pipe: Any, plan: Plan, arguments: Mapping[str, Any], hook: CallHook) 
     Raises:
         InputError: as `attach`.
     """
-    with attach(pipe, plan.model_copy(update={"start": _Recording()}), {"hook": hook}) as handle:
+    recording = _Recording(start=plan.start if with_start else None)
+    with attach(pipe, plan.model_copy(update={"start": recording}), {"hook": hook}) as handle:
         pipe(**arguments)
     assert handle.stats is not None
     return handle.stats

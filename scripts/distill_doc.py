@@ -27,7 +27,7 @@ METHODS_HEAD = """## Methods
 the teacher made of it (`--teacher_samples`), or prompts and labels alone. *Adapter*: whether it trains a LoRA where
 `--lora_rank` says nothing; every other one does with `--lora_rank`."""
 
-STUDENTS_HEAD = """## Students of `fashion-dit`
+STUDENTS_HEAD = """## Students of `{demo}`
 
 Against Fashion-MNIST's 10,000 *test* images, {n:,} images a row on seeds from {seed:,} on. Distances are `fd_fashion`,
 lower is better, ± one standard error from a jackknife over blocks of seeds; differences are to the teacher in
@@ -55,7 +55,9 @@ def document(results: Path) -> str:
     Args:
         results: the folder of the files that the benchmarks wrote; a section without its file says so.
     """
-    sections = [HEAD, METHODS_HEAD, _methods(), *_students(results / "students-dit.json")]
+    sections = [HEAD, METHODS_HEAD, _methods()]
+    for demo in ("fashion-dit", "fashion-unet"):
+        sections += _students(results / f"students-{demo.removeprefix('fashion-')}.json", demo)
     sections += [SHIPPED_HEAD, _shipped(), THROUGHPUT_HEAD, _throughput(results / "throughput.json")]
     return "\n\n".join(sections) + "\n"
 
@@ -73,19 +75,18 @@ def _methods() -> str:
     return markdown.table(["method", "", "data", "adapter"], rows)
 
 
-def _students(path: Path) -> Iterator[str]:
+def _students(path: Path, demo: str) -> Iterator[str]:
     if not path.is_file():
-        yield STUDENTS_HEAD.format(n=0, seed=0, steps=50)
-        yield "Not measured."
         return
     found: Mapping[str, Any] = read_json(path)
-    yield STUDENTS_HEAD.format(n=found["n"], seed=found["seed"], steps=round(found["teacher"]["nfe"] / 2))
+    steps = found["teacher"]["plan"]["grid"]["steps"]
+    yield STUDENTS_HEAD.format(demo=demo, n=found["n"], seed=found["seed"], steps=steps)
     teacher = found["teacher"]["metrics"]["fd"]
-    yield f"The teacher in 50 steps: {markdown.number(teacher['value'], teacher['se'])}. Its students:"
+    yield f"The teacher in {steps} steps: {markdown.number(teacher['value'], teacher['se'])}. Its students:"
     yield _by_steps(found["students"])
     yield "All of it:"
     head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
-    rows = [["teacher", "50", *_scores(found["teacher"])]]
+    rows = [["teacher", str(steps), *_scores(found["teacher"])]]
     for name, student in found["students"].items():
         rows += [[f"`{name}`", steps, *_scores(row)] for steps, row in student["rows"].items()]
     yield markdown.table(head, rows)
@@ -129,11 +130,11 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
     metrics = row["metrics"]
     value, se = row.get("difference", (None, None))
     difference = "" if value is None else markdown.number(value, se, sign="+")
-    shares = [metrics[name]["value"] for name in ("class_accuracy", "precision", "recall")]
+    shares = [metrics.get(name, {}).get("value") for name in ("class_accuracy", "precision", "recall")]
     return [
         markdown.number(metrics["fd"]["value"], metrics["fd"]["se"]),
         difference,
-        *(f"{each:.3f}" for each in shares),
+        *("" if each is None else f"{each:.3f}" for each in shares),
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..eval.assets import reference_plan
+from ..eval.assets import plan_file, reference_plan
 from ..eval.baselines import baseline_rows
 from ..samplers import InputError, Plan, RuleGrid, SpacingGrid, denoisers, fingerprint
 from ..samplers.document import Document
@@ -64,9 +64,9 @@ def search_for_plan(setting: Setting, options: PlanOptions, progress: Callable[.
             key={"preset": options.preset, "conditions": setting.conditions.to_json(), "call": setting.call_kwargs},
         ),
         judges=judges,
-        teacher=Plan.load(options.teacher) if options.teacher else reference,
+        teacher=Plan.load(plan_file(options.teacher)) if options.teacher else reference,
         also=options.also,
-        starts=[*map(Plan.load, options.starts), *beginning.plans],
+        starts=[*map(Plan.load, map(plan_file, options.starts)), *beginning.plans],
         baselines=rivals,
         progress=progress,
         command=setting.command,

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from ..eval.assets import DEMO_TOKENS, PREFIX, demo_names, plan_folder, shipped_plans
+from ..eval.assets import DEMO_TOKENS, PREFIX, file_of, named_plans, shipped_plans
 from ..samplers import Plan
-from ..samplers.errors import InputError, unknown_name
+from ..samplers.errors import InputError
 from ..samplers.files import read_json
 from ..samplers.part import Slot
 from ..samplers.tokens import RECIPES, Recipe
 
 _WHICH = "plan or recipe file, or a name that `fewstep plans ls` lists"
-
-
-@dataclass(frozen=True)
-class ShippedPlan:
-    """A plan or a recipe that ships, by the name ``DEMO/STEM``."""
-
-    name: str
-    path: Path
 
 
 def plans_parser() -> ArgumentParser:
@@ -70,13 +61,7 @@ def find_document(name: str) -> Plan | Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    shipped = {plan.name: plan.path for plan in (*all_shipped(), *shipped_recipes())}
-    path = Path(name)
-    if path.is_dir():
-        raise InputError(f"{name} is a folder; give a plan file, such as {name}/plan.json")
-    if name not in shipped and not path.exists() and path.suffix != ".json":
-        raise unknown_name("plan", name, [*shipped, *RECIPES.names()])
-    path = shipped.get(name, path)
+    path = file_of("plan", name, {**named_plans(), **named_recipes()}, RECIPES.names())
     data = read_json(path)
     kind = Recipe if isinstance(data, dict) and "fewstep_recipe" in data else Plan
     return kind.load(path)
@@ -94,33 +79,22 @@ def find_plan(name: str) -> Plan:
     return found
 
 
-def all_shipped() -> list[ShippedPlan]:
-    """Every plan that ships, the references of the demos included."""
-    found = []
-    for spec in demo_names():
-        folder = plan_folder(spec)
-        references = [folder / "reference.json"] if folder and (folder / "reference.json").is_file() else []
-        teacher = spec.removeprefix(PREFIX)
-        found += [ShippedPlan(f"{teacher}/{path.stem}", path) for path in (*references, *shipped_plans(spec))]
-    return found
-
-
-def shipped_recipes() -> list[ShippedPlan]:
-    """Every recipe that ships as a file."""
+def named_recipes() -> dict[str, Path]:
+    """Files of all recipes that ship, by the name ``DEMO/STEM``."""
     demo = DEMO_TOKENS.removeprefix(PREFIX)
-    return [ShippedPlan(f"{demo}/{path.stem}", path) for path in shipped_plans(DEMO_TOKENS)]
+    return {f"{demo}/{path.stem}": path for path in shipped_plans(DEMO_TOKENS)}
 
 
 def _list(console: Console) -> None:
     plans = Table(title="plans that ship", title_justify="left")
     for heading in ("plan", "solver", "grid", "steps"):
         plans.add_column(heading, no_wrap=True)
-    for shipped in all_shipped():
-        plan = Plan.load(shipped.path)
+    for name, path in named_plans().items():
+        plan = Plan.load(path)
         data = plan.to_json()
         solver = data.get("solver", {}).get("scheduler", data.get("solver", {}).get("type", "the pipeline's"))
         plans.add_row(
-            shipped.name,
+            name,
             solver,
             data.get("grid", {}).get("type", "the pipeline's"),
             str(plan.nominal_steps or ""),
@@ -133,7 +107,7 @@ def _list(console: Console) -> None:
         parts.add_row(name, ", ".join(types))
     console.print(parts)
     recipes = Table(title="recipes for token models", title_justify="left", show_header=False)
-    recipes.add_row("that ship", ", ".join(recipe.name for recipe in shipped_recipes()))
+    recipes.add_row("that ship", ", ".join(named_recipes()))
     recipes.add_row("presets", ", ".join(RECIPES.names()))
     console.print(recipes)
 

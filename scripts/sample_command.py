@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from ..eval.assets import Dtype, load_pipeline
+from ..eval.assets import Dtype, load_pipeline, plan_file
 from ..eval.bench import process_state
 from ..eval.commandline import Flag, options_parser, read_options
 from ..eval.conditions import conditions_for
@@ -86,7 +86,7 @@ def chosen_plan(options: SampleOptions) -> Plan:
     Raises:
         InputError: when the plan has a grid of its own as well.
     """
-    plan = Plan.load(options.plan) if options.plan else Plan()
+    plan = Plan.load(plan_file(options.plan)) if options.plan else Plan()
     if options.steps is None:
         return plan
     if plan.grid is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..eval.assets import plan_file
 from ..eval.commandline import options_parser, read_options
 from ..eval.progress import meter
 from ..eval.scorers import SCORERS
@@ -158,7 +159,7 @@ def _adaptive(setting: Setting, options: AdaptiveOptions, progress: Callable[...
 def _escalate(setting: Setting, options: EscalateOptions, progress: Callable[..., None]) -> Plan:
     if options.teacher is None:
         raise InputError("--teacher is needed: a plan, with a grid, that finishes rejected samples")
-    part = Escalate(teacher=Plan.load(options.teacher).to_json(), strength=options.strength, threshold=0.0)
+    part = Escalate(teacher=Plan.load(plan_file(options.teacher)).to_json(), strength=options.strength, threshold=0.0)
     return calibrate_escalation(
         setting.pipe,
         setting.plan.model_copy(update={"models": part}),

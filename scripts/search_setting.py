@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..eval.assets import is_demo, load_pipeline
+from ..eval.assets import is_demo, load_pipeline, plan_file
 from ..eval.bench import process_state
 from ..eval.conditions import Conditions, conditions_for
 from ..eval.features import load_feature_net
@@ -41,7 +41,7 @@ class Setting:
     @classmethod
     def of(cls, options: FitOptions, command: str) -> Setting:
         """Loads the pipeline and the plan of the options."""
-        plan = Plan.load(options.plan) if options.plan else Plan()
+        plan = Plan.load(plan_file(options.plan)) if options.plan else Plan()
         device = options.device or str(process_state(None).device)
         pipe = load_pipeline(options.pipe, dtype=options.dtype, device=device, download=options.download)
         conditions = conditions_for(pipe, class_labels=options.class_labels, prompts=options.prompts)
@@ -55,7 +55,7 @@ class Setting:
 
     def samples(self, n: int, teacher: Path | None, guidance: Any) -> Tensor:
         """Clean samples (n, ...) as the network sees them, made by a teacher's plan."""
-        plan = Plan.load(teacher) if teacher else _fifty_steps(guidance)
+        plan = Plan.load(plan_file(teacher)) if teacher else _fifty_steps(guidance)
         return torch.cat([x.cpu() for x in clean_samples(self.pipe, plan, self.calls(n))])
 
     def calls(self, n: int) -> Iterator[dict[str, Any]]:

@@ -25,9 +25,13 @@ from .reflow import coupled
 class InstaFlow(Method):
     """The distillation step of InstaFlow (arXiv:2309.06380): the clean sample of a pair, from its noise at once.
 
-    The paper distils a network that was straightened by ``reflow``, on pairs which that network made; of other pairs
-    the step is blurred. It ends with a perceptual distance (LPIPS) that is left out here: its features were trained on
-    ImageNet, which flatters scores, and it needs decoded images.
+    The paper distils a network that was straightened by ``reflow``, on pairs which that network made, or the step is
+    blurred. With enough pairs of a good plan (``--teacher``) it is not: on ``fashion-dit`` 40,960 of a searched plan of
+    five steps bring one step to 5.5 +- 0.3, where the teacher has 6.5 +- 0.5 in 50. After 500 updates on 2,048 pairs
+    it is at 9.9 +- 0.4, and at 14.5 +- 0.7 with those of the 50 steps, which cost ten times as much.
+
+    The paper ends with a perceptual distance (LPIPS) that is left out here: its features were trained on ImageNet,
+    which flatters scores, and it needs decoded images.
     """
 
     needs: ClassVar[Needs] = "pairs"

@@ -18,7 +18,7 @@ from fewstep.distill.latents import Latents
 from fewstep.distill.pairs import Pairs
 from fewstep.distill.row_trees import same
 from fewstep.distill.sources import ConditionBatches, ImageBatches, Order, PairBatches
-from fewstep.samplers import ExplicitGrid, InputError, Plan, attach
+from fewstep.samplers import AnalyticInit, DiffusersSolver, ExplicitGrid, InputError, Plan, StartStatistics, attach
 from fewstep.samplers.recording import clean_samples
 
 PLAN = Plan(grid=ExplicitGrid(timesteps=(999.0, 500.0)))
@@ -179,6 +179,46 @@ def test_pairs_are_the_attached_plans_own_samples(tmp_path):
         torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.from_numpy(shown))
     assert pairs.disk_bytes == 3 * pairs.pair_bytes == 3 * 2 * 4 * 64
     assert sum(tensor.nbytes for tensor in load_file(tmp_path / "pairs-00000.safetensors").values()) == pairs.disk_bytes
+
+
+def decoded_as_shown(pipe, plan, x0, seed):
+    """Whether a clean sample is what the attached plan shows."""
+    with attach(pipe, plan):
+        call = {"class_labels": [4], "output_type": "np", "generator": torch.Generator().manual_seed(seed)}
+        shown = pipe(**call).images
+    seen = (pipe.vae.decode(x0).sample.detach() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return torch.allclose(seen, torch.from_numpy(shown), atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("first", [999.0, 700.0])
+@pytest.mark.parametrize("early", [False, True])
+def test_pairs_begin_as_the_student_will_wherever_the_teacher_begins(solver, first, early, tmp_path):
+    """The scheduler's scale of the noise, a late first time and a start part are the teacher's own affair."""
+    pipe, noise = dit(), torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+    plan = Plan(solver=DiffusersSolver(scheduler=solver), grid=ExplicitGrid(timesteps=(first, 400.0)))
+    if early:
+        StartStatistics(torch.full((4, 4, 4), 0.5), 0.3, 8).save(tmp_path / "start.safetensors")
+        plan.model_copy(update={"start": AnalyticInit()}).save(tmp_path / "plan.json")
+        plan = Plan.load(tmp_path / "plan.json")
+    pairs = Pairs(Encoder(pipe), plan, (4,), tmp_path, 1, seed=7)
+    pairs.make()
+    start, x0 = pairs.get([0])
+    torch.testing.assert_close(start, noise)
+    assert decoded_as_shown(pipe, plan, x0, 7)
+
+
+def test_pairs_do_not_follow_from_noise_that_is_drawn_later(tmp_path):
+    pipe = dit()
+    plan = Plan(solver=DiffusersSolver(scheduler="DDPMScheduler"), grid=ExplicitGrid(timesteps=(999.0, 500.0)))
+    with pytest.raises(InputError, match=r"the teacher draws noise in its steps \(DDPMScheduler\): .* deterministic"):
+        Pairs(Encoder(pipe), plan, (4,), tmp_path, 1).make()
+    assert not list(tmp_path.iterdir())
+    data = Pairs(Encoder(pipe), plan, (4,), tmp_path, 1, coupled=False)
+    data.make()
+    assert decoded_as_shown(pipe, plan, data.get([0]).x0, 0)
+    with pytest.raises(InputError, match="was made by another teacher"):
+        Pairs(Encoder(pipe), plan, (4,), tmp_path, 1).get([0])
 
 
 def test_pairs_resume_at_the_file_and_grow(tmp_path, monkeypatch):

@@ -133,6 +133,8 @@ def assert_exits_0(arguments):
         (["bench", "--pipe", "/nowhere"], "--pipe /nowhere is not a folder"),
         (["bench", "--plans", "/nowhere.json"], "/nowhere.json does not exist"),
         (["bench", "--config", "/nowhere.yaml"], "--config: File does not exist"),
+        (["bench", "--plans", "fashion-dit/5-stp"], "did you mean 'fashion-dit/5-step'"),
+        (["sample", "--plan", "."], ". is a folder; give a plan file, such as plan.json"),
         (["sample", "--n", "0"], "--n must be at least 1; got 0"),
         (["sample", "--out", "grid.jpg"], "--out grid.jpg is not a PNG file"),
         (["plans", "show", "fashion"], "unknown plan 'fashion'"),
@@ -171,6 +173,9 @@ def test_sample_writes_a_grid_and_says_what_ran(demo, tmp_path, capsys):
     first = out.read_bytes()
     arguments = ["sample", "--pipe", demo, "--plan", str(plan_of(demo)), "--n", "5", "--out", str(out)]
     assert main([*arguments, "--batch_size", "5"]) == 0
+    assert out.read_bytes() == first
+    arguments[arguments.index(str(plan_of(demo)))] = f"{demo.removeprefix('demo:')}/quick"  # as fewstep plans ls has it
+    assert main(arguments) == 0
     assert out.read_bytes() == first
 
 
