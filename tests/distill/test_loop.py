@@ -394,6 +394,23 @@ def test_sharded_networks_are_refused(tmp_path):
         Loop(Toy(), ToyRoles(), ToySource(), settings, accelerator)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_updates_are_those_of_plain_adamw_however_the_weights_lie(tmp_path, layout):
+    """The fused one goes by memory, and is wrong where gradients lie otherwise than their weights."""
+    settings = options(tmp_path, adam_weight_decay=0.1)
+    ours, plain = (nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=layout)) for _ in range(2))
+    plain.data.copy_(ours.data)
+    optimiser = RoleOptimiser("student", {"w": ours}, settings)
+    reference = torch.optim.AdamW([plain], weight_decay=0.1, fused=False)
+    for _ in range(3):
+        ours.grad = torch.randn(4, 3, 3, 3)
+        plain.grad = ours.grad.clone()
+        optimiser.step(1e-3, None)
+        reference.step()
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+    assert bool(optimiser.optimiser.defaults["fused"]) is (layout == torch.contiguous_format)
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
     half = {"w": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))}
     with pytest.raises(InputError, match="student: w is bfloat16; train float32 weights and set --mixed_precision"):
