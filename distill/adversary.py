@@ -13,7 +13,7 @@ from .method import Moment
 from .role_kinds import Extra
 from .team import Team, noise_like
 from .terms import FeatureHeads, GANLoss
-from .times import UniformTimes
+from .times import TimeLaw
 
 DISC = "disc"
 "The role of the heads."
@@ -37,9 +37,10 @@ class Adversary:
     Args:
         team: with the roles ``teacher`` and ``disc``.
         condition: of the samples.
-        moment: draws noise, and noise levels out of all of them.
+        moment: draws noise, and noise levels.
         count: of blocks whose features the heads were made for.
         loss: of the logits.
+        levels: law of the noise levels.
     """
 
     team: Team
@@ -47,6 +48,7 @@ class Adversary:
     moment: Moment
     count: int
     loss: GANLoss
+    levels: TimeLaw
 
     def student(self, made: Tensor) -> Tensor:
         """The student's loss of each sample, (B,); its gradient reaches the samples alone.
@@ -71,7 +73,7 @@ class Adversary:
             return self.loss.discriminator(*(heads(each) for each in features))
 
     def _times(self) -> Tensor:
-        return UniformTimes()(self.team.process, len(self.condition), self.moment.generators)
+        return self.levels(self.team.process, len(self.condition), self.moment.generators)
 
     def _features(self, x: Tensor, t: Tensor, grad: bool) -> list[Tensor]:
         noised = self.team.process.add_noise(wide(x), noise_like(x, self.moment), t)

@@ -32,13 +32,15 @@ STUDENTS_HEAD = """## Students of `{demo}`
 Against Fashion-MNIST's 10,000 *test* images, {n:,} images a row on seeds from {seed:,} on. Distances are `fd_fashion`,
 lower is better, ± one standard error from a jackknife over blocks of seeds; differences are to the teacher in
 {steps} steps, on the same seeds. Precision and recall are to training images. The trainings are short ones on one CPU
-core: the tables say what a method is worth after minutes, not what it can do. Minutes are wall time beside other jobs,
-up to three times what an idle core takes. A student that began with another one's weights says with whose; its updates
-and minutes are its own."""
+core: the tables say what a method is worth after minutes, not what it can do. Minutes are wall time of the updates
+beside other jobs, up to three times what an idle core takes. A student that began with another one's weights says with
+whose; its updates and minutes are its own."""
+
+LARGE_HEAD = "The teacher and the best of them once more, {n:,} images each:"
 
 SHIPPED_HEAD = """## Students that ship
 
-Beside the demo's plans, weights in half precision: `fewstep bench --steps 4` shows them next to the teacher. The
+Beside the demo's plans, weights in half precision: `fewstep bench --steps 1` shows them next to the teacher. The
 evidence is from seeds on which nothing was chosen, against the *training* images."""
 
 THROUGHPUT_HEAD = """## What an update costs
@@ -53,11 +55,11 @@ def document(results: Path) -> str:
     """The text of docs/distill.md.
 
     Args:
-        results: the folder of the files that the benchmarks wrote; a section without its file says so.
+        results: the folder of the files that the benchmarks wrote; of what has none there is nothing, or it says so.
     """
     sections = [HEAD, METHODS_HEAD, _methods()]
-    for demo in ("fashion-dit", "fashion-unet"):
-        sections += _students(results / f"students-{demo.removeprefix('fashion-')}.json", demo)
+    for name in ("dit", "unet"):
+        sections += _students(results, name)
     sections += [SHIPPED_HEAD, _shipped(), THROUGHPUT_HEAD, _throughput(results / "throughput.json")]
     return "\n\n".join(sections) + "\n"
 
@@ -75,21 +77,22 @@ def _methods() -> str:
     return markdown.table(["method", "", "data", "adapter"], rows)
 
 
-def _students(path: Path, demo: str) -> Iterator[str]:
+def _students(results: Path, name: str) -> Iterator[str]:
+    path, large = results / f"students-{name}.json", results / f"students-{name}-large.json"
     if not path.is_file():
         return
     found: Mapping[str, Any] = read_json(path)
     steps = found["teacher"]["plan"]["grid"]["steps"]
-    yield STUDENTS_HEAD.format(demo=demo, n=found["n"], seed=found["seed"], steps=steps)
+    yield STUDENTS_HEAD.format(demo=f"fashion-{name}", n=found["n"], seed=found["seed"], steps=steps)
     teacher = found["teacher"]["metrics"]["fd"]
     yield f"The teacher in {steps} steps: {markdown.number(teacher['value'], teacher['se'])}. Its students:"
     yield _by_steps(found["students"])
+    if large.is_file():
+        more = read_json(large)
+        yield LARGE_HEAD.format(n=more["n"])
+        yield _all_scores(more, steps)
     yield "All of it:"
-    head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
-    rows = [["teacher", str(steps), *_scores(found["teacher"])]]
-    for name, student in found["students"].items():
-        rows += [[f"`{name}`", steps, *_scores(row)] for steps, row in student["rows"].items()]
-    yield markdown.table(head, rows)
+    yield _all_scores(found, steps)
     yield "What they took:"
     head = ["student", "method", "began with", "updates", "batch", "data", "minutes", "memory", "trained parameters"]
     rows = [
@@ -108,6 +111,14 @@ def _students(path: Path, demo: str) -> Iterator[str]:
     ]
     yield markdown.table(head, rows)
     yield "```\n" + "\n".join(student["command"] for student in found["students"].values()) + "\n```"
+
+
+def _all_scores(found: Mapping[str, Any], steps: int) -> str:
+    head = ["student", "steps", "fd_fashion", "difference", "accuracy", "precision", "recall"]
+    rows = [["teacher", str(steps), *_scores(found["teacher"])]]
+    for name, student in found["students"].items():
+        rows += [[f"`{name}`", number, *_scores(row)] for number, row in student["rows"].items()]
+    return markdown.table(head, rows)
 
 
 def _by_steps(students: Mapping[str, Any]) -> str:

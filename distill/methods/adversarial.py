@@ -12,6 +12,7 @@ from ..schedule import Schedule
 from ..sources import Batch
 from ..team import Team
 from ..terms import GAN_LOSSES
+from ..times import UniformTimes
 
 
 class Adversarial(Method):
@@ -19,9 +20,12 @@ class Adversarial(Method):
 
     gan_loss: str = Field(default="softplus", description="hinge, saturating-hinge, softplus or least-squares.")
     feature_maps: int = Field(default=1, ge=1, description="Blocks of the teacher that the discriminator looks at.")
-
     disc_rate: float = Field(
         default=1.0, gt=0, description="Learning rate of the discriminator as a multiple of the student's."
+    )
+
+    disc_noise: float = Field(
+        default=1.0, gt=0, le=1, description="Most noise that the discriminator looks through, as a fraction of times."
     )
 
     @field_validator("gan_loss")
@@ -39,4 +43,5 @@ class Adversarial(Method):
 
     def adversary(self, batch: Batch, roles: Team, moment: Moment) -> Adversary:
         """The discriminator of a turn."""
-        return Adversary(roles, batch.condition, moment, self.feature_maps, GAN_LOSSES[self.gan_loss]())
+        levels = UniformTimes(0.0, self.disc_noise)
+        return Adversary(roles, batch.condition, moment, self.feature_maps, GAN_LOSSES[self.gan_loss](), levels)

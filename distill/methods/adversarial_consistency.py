@@ -31,6 +31,10 @@ class AdversarialConsistency(MultistepOnGrid, Distilling, Adversarial):
     The discriminator is heads on the frozen teacher, which is shown the student's jump and the data under new noise.
     What is real is the data: PCM's code takes the consistency target for it, which the student already matches. Both
     learn in every turn from one jump; discriminators on images or on DINO's features need a decoder, these do not.
+
+    Heads begin at random and find nothing at the student's low rate, nor in more noise than half of the times. On
+    ``fashion-dit`` 250 updates from an ``lcm`` student take 0.7 +- 0.1 off its distance in one step, at the student's
+    rate and in all noise 0.3.
     """
 
     type: Literal["adversarial-consistency"] = "adversarial-consistency"
@@ -40,6 +44,12 @@ class AdversarialConsistency(MultistepOnGrid, Distilling, Adversarial):
     gan_weight: float = Field(default=0.1, gt=0, description="Of the adversarial term beside the match.")
     gan_loss: str = Field(default="hinge", description="hinge, saturating-hinge, softplus or least-squares.")
     feature_maps: int = Field(default=4, ge=1, description="Blocks of the teacher that the discriminator looks at.")
+    disc_rate: float = Field(
+        default=20.0, gt=0, description="Learning rate of the discriminator as a multiple of the student's."
+    )
+    disc_noise: float = Field(
+        default=0.5, gt=0, le=1, description="Most noise that the discriminator looks through, as a fraction of times."
+    )
 
     def spans(self, process: Process, moment: Moment) -> SpanLaw:
         """Neighbours on the grid, and clean data."""

@@ -134,6 +134,24 @@ def test_the_discriminator_learns_at_a_rate_of_its_own():
     assert METHODS["adversarial-consistency"](disc_rate=5.0).turns().rates == {"disc": 5.0}
 
 
+@pytest.mark.parametrize("name", ["dmd2", "adversarial-consistency"])
+def test_the_discriminator_looks_through_so_much_noise_and_no_more(name):
+    method = method_of(name).model_copy(update={"disc_noise": 0.3})
+    team, moment = team_of(method, False), moment_of(("disc", "student"), rows=64)
+    batch, asked = TinySource().batch(0, moment.positions), []
+    adversary = method.adversary(batch, team, moment)
+    with team.roles.use("teacher", frozen=True) as network:
+        network.register_forward_hook(
+            lambda module, args, kwargs, output: asked.append(kwargs["timestep"]), with_kwargs=True
+        )
+    adversary.discriminator(batch.x0, batch.x0 + 1)
+    adversary.student(batch.x0)
+    assert len(asked) == 3
+    assert torch.equal(*asked[:2]), "what is compared is under the same noise level"
+    for times in asked:
+        assert 200 < times.max() <= 0.3 * 999
+
+
 def test_dmd2s_plan_is_its_rollout():
     method = METHODS["dmd2"]()
     assert method.times(VP) == (999.0, 749.0, 499.0, 249.0)
