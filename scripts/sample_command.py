@@ -109,9 +109,9 @@ def write_grid(images: Tensor, path: Path) -> None:
 
 def describe(stats: Stats) -> str:
     """What a call did, in a few lines."""
-    steps = ", ".join(f"{step.timestep:g}" for step in stats.steps)
+    nfe, steps = stats.nfe, [f"{step.timestep:g}" for step in stats.steps]
     lines = [
-        f"{stats.nfe:g} network evaluations per image in {len(stats.steps)} steps",
-        f"timesteps: {steps}",
+        f"{nfe:g} network evaluation{'s' * (nfe != 1)} per image in {len(steps)} step{'s' * (len(steps) != 1)}",
+        f"timesteps: {', '.join(steps)}",
     ]
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in stats.warnings)])

@@ -184,7 +184,10 @@ def plan_of(demo):
 
 
 def test_sample_in_a_number_of_steps(demo, tmp_path, capsys):
-    arguments = ["sample", "--pipe", demo, "--n", "1", "--out", str(tmp_path / "a.png"), "--steps", "4"]
+    arguments = ["sample", "--pipe", demo, "--n", "1", "--out", str(tmp_path / "a.png"), "--steps"]
+    assert main([*arguments, "1"]) == 0
+    assert "1 network evaluation per image in 1 step\n" in capsys.readouterr().out
+    arguments.append("4")
     assert main(arguments) == 0
     assert "4 network evaluations per image in 4 steps" in capsys.readouterr().out
     assert main([*arguments, "--plan", str(plan_of(demo))]) == 2
