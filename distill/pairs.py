@@ -138,7 +138,12 @@ class Pairs:
         generators = [torch.Generator("cpu").manual_seed(self.seed + item) for item in items]
         watch = _Ends(generators)
         arguments |= {"generator": generators, "output_type": "np"}
-        record(self.encoder.pipe, self.plan, arguments, watch, with_start=True)
+        stats = record(self.encoder.pipe, self.plan, arguments, watch, with_start=True)
+        if stats.work or watch.passes > 1:
+            raise InputError(
+                "the teacher's plan runs a batch in several passes, as adaptive-steps and escalate do: it cannot be "
+                "told which sample came from which noise; give --teacher a plan without these"
+            )
         if self.coupled and watch.drew_noise():
             raise InputError(
                 f"the teacher draws noise in its steps ({watch.solver}): its samples do not follow from the noise that "
@@ -204,8 +209,10 @@ class _Ends(CallHook):
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = generators
         self.states: list[Tensor] = []
+        self.passes = 0
 
     def before_step(self, step: Step) -> None:
+        self.passes += step.index == 0
         if not self.states:
             self.start = started(step.process, step.x / unit_noise(step.scheduler, step.process, step.time))
             self.solver = type(step.scheduler).__name__

@@ -18,7 +18,17 @@ from fewstep.distill.latents import Latents
 from fewstep.distill.pairs import Pairs
 from fewstep.distill.row_trees import same
 from fewstep.distill.sources import ConditionBatches, ImageBatches, Order, PairBatches
-from fewstep.samplers import AnalyticInit, DiffusersSolver, ExplicitGrid, InputError, Plan, StartStatistics, attach
+from fewstep.samplers import (
+    AdaptiveSteps,
+    AnalyticInit,
+    DiffusersSolver,
+    ExplicitGrid,
+    InputError,
+    Plan,
+    SpacingGrid,
+    StartStatistics,
+    attach,
+)
 from fewstep.samplers.recording import clean_samples
 
 PLAN = Plan(grid=ExplicitGrid(timesteps=(999.0, 500.0)))
@@ -181,10 +191,10 @@ def test_pairs_are_the_attached_plans_own_samples(tmp_path):
     assert sum(tensor.nbytes for tensor in load_file(tmp_path / "pairs-00000.safetensors").values()) == pairs.disk_bytes
 
 
-def decoded_as_shown(pipe, plan, x0, seed):
+def decoded_as_shown(pipe, plan, x0, seed, label=4):
     """Whether a clean sample is what the attached plan shows."""
     with attach(pipe, plan):
-        call = {"class_labels": [4], "output_type": "np", "generator": torch.Generator().manual_seed(seed)}
+        call = {"class_labels": [label], "output_type": "np", "generator": torch.Generator().manual_seed(seed)}
         shown = pipe(**call).images
     seen = (pipe.vae.decode(x0).sample.detach() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     return torch.allclose(seen, torch.from_numpy(shown), atol=1e-4)
@@ -219,6 +229,16 @@ def test_pairs_do_not_follow_from_noise_that_is_drawn_later(tmp_path):
     assert decoded_as_shown(pipe, plan, data.get([0]).x0, 0)
     with pytest.raises(InputError, match="was made by another teacher"):
         Pairs(Encoder(pipe), plan, (4,), tmp_path, 1).get([0])
+
+
+def test_pairs_are_of_one_pass(tmp_path):
+    grids = [{"type": "spacing", "steps": steps} for steps in (1, 2)]
+    adaptive = Plan(grid=AdaptiveSteps(grids=grids, table={"4": (1, 0), "9": (0, 1)}))
+    with pytest.raises(InputError, match="the teacher's plan runs a batch in several passes"):
+        Pairs(Encoder(dit()), adaptive, (4, 9), tmp_path, 2).make()
+    one = Pairs(Encoder(dit()), adaptive, (9,), tmp_path, 2)
+    one.make()
+    assert decoded_as_shown(dit(), Plan(grid=SpacingGrid(steps=2)), one.get([0]).x0, 0, label=9)
 
 
 def test_pairs_resume_at_the_file_and_grow(tmp_path, monkeypatch):
