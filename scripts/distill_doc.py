@@ -36,7 +36,7 @@ core: the tables say what a method is worth after minutes, not what it can do. M
 beside other jobs, up to three times what an idle core takes. A student that began with another one's weights says with
 whose; its updates and minutes are its own."""
 
-LARGE_HEAD = "The teacher and the best of them once more, {n:,} images each:"
+LARGE_HEAD = "The teacher and the best of them once more, {n:,} images each; `tscd` in half precision:"
 
 SHIPPED_HEAD = """## Students that ship
 
