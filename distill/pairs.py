@@ -214,7 +214,8 @@ class _Ends(CallHook):
     def before_step(self, step: Step) -> None:
         self.passes += step.index == 0
         if not self.states:
-            self.start = started(step.process, step.x / unit_noise(step.scheduler, step.process, step.time))
+            unit = unit_noise(step.scheduler, step.process, step.time, step.x.device)
+            self.start = started(step.process, step.x / unit)
             self.solver = type(step.scheduler).__name__
             self.states = self._states()
 

@@ -179,7 +179,7 @@ class _Start(CallHook):
         if evaluation.index:
             raise _noises_an_image(type(self.run.pipe).__name__)
         if evaluation.ordinal == 0:
-            self.unit = unit_noise(self.run.scheduler, self.run.process, evaluation.time)
+            self.unit = unit_noise(self.run.scheduler, self.run.process, evaluation.time, evaluation.x.device)
         process, shown = self.run.process, evaluation.x
         shape = self.statistics.mean.shape
         wider = [dim for dim in range(1, min(shown.ndim, len(shape) + 1)) if shown.shape[dim] > shape[dim - 1]]

@@ -17,9 +17,7 @@ import torch
 
 from fewstep.distill.export import write_network
 from fewstep.eval.assets import load_pipeline, plan_folder, reference_plan
-from fewstep.samplers import Evidence, InputError, LoraWeights, Plan, StudentWeights, attach
-from fewstep.samplers.files import read_tensors, write_tensors
-from fewstep.samplers.lora_file import DIFFUSERS_FILE
+from fewstep.samplers import Evidence, InputError, Plan, StudentWeights, attach
 from fewstep.scripts.bench.excess import FRESH_SEED
 from fewstep.scripts.bench.judge import Judge, fd_difference
 
@@ -29,30 +27,17 @@ TEACHER_STEPS = 50
 def with_half_weights(spec: str, plan: Plan, folder: Path, name: str) -> Plan:
     """Writes the student of a plan in half precision to a folder, and gives the plan that names it.
 
-    Args:
-        spec: the demo.
-        plan: of the student, loaded from its file.
-        folder: of the plans that ship.
-        name: of the student's own folder there.
-
     Raises:
         InputError: when the plan has no student's weights.
     """
     (part,) = plan.weights if len(plan.weights) == 1 else (None,)
-    shipped: LoraWeights | StudentWeights
-    if isinstance(part, LoraWeights) and plan.folder is not None:
-        tensors, header = read_tensors(plan.folder / part.file)
-        half = {key: tensor.to(torch.float16) for key, tensor in tensors.items()}
-        write_tensors(folder / name / DIFFUSERS_FILE, half, header)
-        shipped = part.model_copy(update={"file": f"{name}/{DIFFUSERS_FILE}"})
-    elif isinstance(part, StudentWeights) and part.component is not None:
-        pipe: Any = load_pipeline(spec)
-        with attach(pipe, plan):
-            write_network(getattr(pipe, part.component), folder / name, torch.float16)
-        shipped = part.model_copy(update={"folder": name})
-    else:
-        raise InputError("the plan has no weights of a student; give the plan.json that fewstep distill wrote")
-    return Plan.from_json(plan.to_json() | {"name": name, "weights": [shipped.model_dump()]})
+    if not isinstance(part, StudentWeights) or part.component is None:
+        raise InputError("the plan has no weights of a student; ship an adapter's files as they are")
+    pipe: Any = load_pipeline(spec)
+    with attach(pipe, plan):
+        write_network(getattr(pipe, part.component), folder / name, torch.float16)
+    weights = [part.model_copy(update={"folder": name}).model_dump()]
+    return Plan.from_json(plan.to_json() | {"name": name, "weights": weights})
 
 
 def main() -> None:
