@@ -31,6 +31,10 @@ class Reflow(Method):
     Between the ends of a pair x_t = alpha x0 + sigma eps, where eps is such that the path begins where the teacher
     began. x / (alpha + sigma) goes along a straight line there, whose velocity by its own time sigma / (alpha + sigma)
     is eps - x0: the regression is that of rectified flow, and a step of the deployed scheduler is Euler's along it.
+
+    The paper's pairs are those of a fine solver. On ``fashion-dit`` a searched plan of five steps (``--teacher``) makes
+    better ones: 8,192 of them and 1,500 updates give 8.2, 5.8, 4.8 and 4.4 (+- 0.3 to 0.4) in 1, 2, 4 and 8 steps
+    without guidance, where the teacher has 6.5 +- 0.5 in 50 with it.
     """
 
     needs: ClassVar[Needs] = "pairs"
