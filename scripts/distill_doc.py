@@ -40,7 +40,7 @@ LARGE_HEAD = "The teacher and the best of them once more, {n:,} images each; `ts
 
 SHIPPED_HEAD = """## Students that ship
 
-Beside the demo's plans, weights in half precision: `fewstep bench --steps 1` shows them next to the teacher. The
+Beside the demo's plans, weights in half precision: `fewstep bench --steps 1 4` shows them next to the teacher. The
 evidence is from seeds on which nothing was chosen, against the *training* images."""
 
 THROUGHPUT_HEAD = """## What an update costs
@@ -150,13 +150,16 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
 
 
 def _shipped() -> str:
-    rows = []
+    rows, commands = [], []
     for path in shipped_plans("demo:fashion-dit"):
         plan = Plan.load(path)
         if plan.weights:
             scores = (f"{each.metric} {markdown.number(each.value, each.se or 0.0)}" for each in plan.evidence)
-            rows.append([f"`{path.stem}`", str(plan.nominal_steps), "; ".join(scores), f"`{plan.evidence[0].command}`"])
-    return markdown.table(["plan", "steps", "evidence", "command"], rows)
+            rows.append([f"`{path.stem}`", str(plan.nominal_steps), "; ".join(scores)])
+            commands.append(plan.evidence[0].command or "")
+    return (
+        markdown.table(["plan", "steps", "evidence"], rows) + "\n\n```\n" + "\n".join(dict.fromkeys(commands)) + "\n```"
+    )
 
 
 def _throughput(path: Path) -> str:

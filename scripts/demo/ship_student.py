@@ -1,8 +1,9 @@
-"""Ships a student of a demo beside the plans: its weights in half precision, and its plan with measured evidence.
+"""Ships a student of a demo beside the plans: its weights in half precision, and its plans with measured evidence.
 
-``python -m fewstep.scripts.demo.ship_student --pipe demo:fashion-dit --student DIR --name pcm-4-step --work DIR``
+``python -m fewstep.scripts.demo.ship_student --pipe demo:fashion-dit --student DIR --name reflow --work DIR``
 
-The evidence is measured on what ships, on seeds on which nobody was trained or chosen, beside the demo's reference.
+Each plan is called ``NAME-N-step``; they share the weights. The evidence is measured on what ships, on seeds on which
+nobody was trained or chosen, beside the demo's reference.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,39 @@ from fewstep.scripts.bench.judge import Judge, fd_difference
 TEACHER_STEPS = 50
 
 
-def with_half_weights(spec: str, plan: Plan, folder: Path, name: str) -> Plan:
-    """Writes the student of a plan in half precision to a folder, and gives the plan that names it.
+def with_half_weights(spec: str, plans: Sequence[Plan], folder: Path, name: str) -> list[Plan]:
+    """Writes the student of some plans in half precision to a folder, and gives the plans that name it.
+
+    Args:
+        spec: the demo.
+        plans: of one student, loaded from their files.
+        folder: of the plans that ship.
+        name: of the student's own folder there.
 
     Raises:
-        InputError: when the plan has no student's weights.
+        InputError: when the plans do not have the weights of one student.
     """
-    (part,) = plan.weights if len(plan.weights) == 1 else (None,)
+    parts = {part for plan in plans for part in plan.weights}
+    (part,) = parts if len(parts) == 1 else (None,)
     if not isinstance(part, StudentWeights) or part.component is None:
-        raise InputError("the plan has no weights of a student; ship an adapter's files as they are")
+        raise InputError("the plans do not have the weights of one student; ship an adapter's files as they are")
     pipe: Any = load_pipeline(spec)
-    with attach(pipe, plan):
+    with attach(pipe, plans[0]):
         write_network(getattr(pipe, part.component), folder / name, torch.float16)
     weights = [part.model_copy(update={"folder": name}).model_dump()]
-    return Plan.from_json(plan.to_json() | {"name": name, "weights": weights})
+    return [
+        Plan.from_json(plan.to_json() | {"name": f"{name}-{plan.nominal_steps}-step", "weights": weights})
+        for plan in plans
+    ]
 
 
 def main() -> None:
-    """Writes the weights and the plan."""
+    """Writes the weights and the plans."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipe", required=True, help="a demo, such as demo:fashion-dit")
     parser.add_argument("--student", type=Path, required=True, help="what fewstep distill wrote")
-    parser.add_argument("--plan", default="plan.json", help="which of its plans")
-    parser.add_argument("--name", required=True, help="of the plan and of the folder of its weights")
+    parser.add_argument("--plans", nargs="+", default=["plan.json"], help="which of its plans")
+    parser.add_argument("--name", required=True, help="of the folder of its weights, and with the steps of each plan")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1280)
     parser.add_argument("--seed", type=int, default=FRESH_SEED, help="first; others than those it was chosen on")
@@ -55,24 +67,26 @@ def main() -> None:
     folder = plan_folder(options.pipe)
     if folder is None:
         raise InputError(f"plans ship for demos; got --pipe {options.pipe}")
-    path = folder / f"{options.name}.json"
-    plan = with_half_weights(options.pipe, Plan.load(options.student / options.plan), folder, options.name)
-    plan.save(path)
+    found = [Plan.load(options.student / file) for file in options.plans]
     judge = Judge(options.pipe, options.work, options.n, options.seed)
-    row, base = judge.row(path), judge.row(reference_plan(options.pipe, TEACHER_STEPS))
-    value, se = fd_difference(row, base)
+    base = judge.row(reference_plan(options.pipe, TEACHER_STEPS))
     common = {
         "n": options.n,
         "seeds": (options.seed, options.seed + options.n),
         "command": shlex.join(["python", "-m", "fewstep.scripts.demo.ship_student", *sys.argv[1:]]),
     }
-    own = row["metrics"]["fd"]
-    evidence = (
-        Evidence(metric="fd_fashion", value=own["value"], se=own["se"], **common),
-        Evidence(metric="fd_fashion difference", value=value, se=se, against="reference-50", **common),
-    )
-    plan.model_copy(update={"evidence": evidence}).save(path)
-    sys.stdout.write(f"{path} {own['value']:.2f} +- {own['se']:.2f}, {value:+.2f} +- {se:.2f}\n")
+    for plan in with_half_weights(options.pipe, found, folder, options.name):
+        path = folder / f"{plan.name}.json"
+        plan.save(path)
+        row = judge.row(path)
+        value, se = fd_difference(row, base)
+        own = row["metrics"]["fd"]
+        evidence = (
+            Evidence(metric="fd_fashion", value=own["value"], se=own["se"], **common),
+            Evidence(metric="fd_fashion difference", value=value, se=se, against="reference-50", **common),
+        )
+        plan.model_copy(update={"evidence": evidence}).save(path)
+        sys.stdout.write(f"{path} {own['value']:.2f} +- {own['se']:.2f}, {value:+.2f} +- {se:.2f}\n")
 
 
 if __name__ == "__main__":
