@@ -109,7 +109,8 @@ def make_source(
     pairs = None
     if options.teacher_samples is not None:
         count = min(batch, options.teacher_samples) if options.dry_run else options.teacher_samples
-        coupled, folder = method.needs == "pairs", options.cache / "samples"
+        coupled = method.needs == "pairs"
+        folder = options.cache / ("pairs" if coupled else "samples")
         pairs = Pairs(encoder, teacher, values, folder, count, SEED + options.seed, coupled=coupled)
     if encoder.kind != "none":
         encoder.make(values, options.encode_batch_size, *ranks, tell("encoding conditions", len(set(values))))
