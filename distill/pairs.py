@@ -186,11 +186,12 @@ class Pairs:
         known = [
             networks,
             self.plan.model_dump(mode="json"),
+            self.plan.file_digests(),
             self.encoder.call_kwargs,
             self.encoder.kind,
             self.values,
             self.seed,
-            *([] if self.coupled else ["uncoupled"]),
+            self.coupled,
         ]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

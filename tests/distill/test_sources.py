@@ -216,6 +216,10 @@ def test_pairs_begin_as_the_student_will_wherever_the_teacher_begins(solver, fir
     start, x0 = pairs.get([0])
     torch.testing.assert_close(start, noise)
     assert decoded_as_shown(pipe, plan, x0, 7)
+    if early:
+        StartStatistics(torch.zeros(4, 4, 4), 0.3, 8).save(tmp_path / "start.safetensors")
+        with pytest.raises(InputError, match="was made by another teacher"):
+            Pairs(Encoder(pipe), plan, (4,), tmp_path, 1, seed=7).get([0])
 
 
 def test_pairs_do_not_follow_from_noise_that_is_drawn_later(tmp_path):
